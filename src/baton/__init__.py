@@ -1,0 +1,3 @@
+"""Baton: LLM serving with prefill and decode apart."""
+
+__version__ = "0.1.0"

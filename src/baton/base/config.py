@@ -1,0 +1,150 @@
+"""One frozen dataclass per room; every default stands here once.
+
+The command line, the docs' tables and the tests read these. "auto" values are resolved in one place each
+(`baton.engine.load.resolve`), never by mutating a config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from baton.base.errors import ConfigError
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flags: tuple[str, ...] = (),
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A field with what the command line needs: help, other spellings (SGLang's), allowed values."""
+    return dataclasses.field(default=default, metadata={"help": help, "flags": flags, "choices": choices})
+
+
+def check_choices(config: Any) -> None:
+    """Raises `ConfigError` naming the field and what it may be."""
+    for field in dataclasses.fields(config):
+        choices = field.metadata.get("choices")
+        value = getattr(config, field.name)
+        if choices is not None and value not in choices:
+            raise ConfigError(f"{field.name} is {value!r}; allowed: {', '.join(choices)}")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine: a model, its KV pool and its loop."""
+
+    model: str = option("smollm2-135m", "local directory, Hub id or short name", flags=("--model-path",))
+    load_format: str = option(
+        "auto", "auto: safetensors; dummy: random weights from config.json", choices=("auto", "dummy")
+    )
+    device: str = option("auto", "cpu, cuda or cuda:N; auto takes a GPU where there is one")
+    dtype: str = option(
+        "auto",
+        "dtype of activations and KV; auto: float32 on CPU, the model's own on GPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    weight_dtype: str = option(
+        "auto",
+        "dtype of the linear layers' weights: auto (as dtype), bfloat16 or int8",
+        choices=("auto", "bfloat16", "int8"),
+        flags=("--quantization",),
+    )
+    page_size: int = option(16, "tokens per KV page")
+    kv_pages: int = option(0, "pages in the KV pool; 0: as many as mem-fraction-static or kv-cache-gb admit")
+    kv_cache_gb: float = option(0.0, "size of the KV pool in GiB; 0: from mem-fraction-static (GPU), 1 GiB (CPU)")
+    mem_fraction_static: float = option(0.85, "GPU: share of the memory for weights and KV pool together")
+    max_model_len: int = option(
+        0, "longest prompt + output, tokens; 0: the model's own, or what the pool holds", flags=("--context-length",)
+    )
+    max_running_requests: int = option(64, "sequences decoded at the same time")
+    max_queued_requests: int = option(256, "sequences that may wait; one more is refused with 503")
+    chunked_prefill_size: int = option(512, "prompt tokens computed per step at most")
+    prefix_caching: bool = option(True, "reuse the KV pages of equal prefixes")
+    threads: int = option(0, "CPU threads for the model; 0: the cores this process may use")
+    cuda_graphs: bool = option(True, "GPU: replay decode steps as CUDA graphs")
+    tp_size: int = option(1, "tensor-parallel ranks", flags=("--tensor-parallel-size", "--tp"))
+    dp_size: int = option(1, "data-parallel engines", flags=("--data-parallel-size", "--dp"))
+    base_gpu_id: int = option(0, "first GPU to use")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.page_size < 1:
+            raise ConfigError(f"page_size is {self.page_size}; it must be at least 1")
+        if self.chunked_prefill_size < 1:
+            raise ConfigError(f"chunked_prefill_size is {self.chunked_prefill_size}; it must be at least 1")
+        for name in ("tp_size", "dp_size"):
+            if getattr(self, name) != 1:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; this version runs one rank per engine, "
+                    "start several workers instead"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class DisaggConfig:
+    """The role of an engine and how it meets its peers."""
+
+    mode: str = option(
+        "null",
+        "null: prefill and decode in one; prefill; decode",
+        choices=("null", "prefill", "decode"),
+        flags=("--disaggregation-mode",),
+    )
+    transport: str = option(
+        "auto",
+        "how pages travel: auto picks shm on one host, else tcp",
+        choices=("auto", "shm", "tcp"),
+        flags=("--disaggregation-transfer-backend",),
+    )
+    bootstrap_host: str = option("127.0.0.1", "address the prefill worker's rendezvous listens on")
+    bootstrap_port: int = option(
+        8998, "port of the prefill worker's rendezvous; 0: any free one", flags=("--disaggregation-bootstrap-port",)
+    )
+    meet_timeout: float = option(30.0, "seconds prefill and decode wait for each other in a room")
+    move_timeout: float = option(30.0, "seconds without progress before a moving hand-off is given up")
+    drain_timeout: float = option(10.0, "seconds a lost hand-off's pages stay quarantined if the peer says nothing")
+    max_handoffs: int = option(256, "sequences between prefill and decode at once; more wait or are refused")
+    verify: bool = option(True, "check the digest of every page that arrives")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """The front of a worker: HTTP and text."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(30000, "port to listen on")
+    served_model_name: str = option("", "model name in the API; empty: the model as given")
+    api_key: str = option("", "bearer token that requests must carry; empty: none")
+    chat_template: str = option("", "Jinja file that replaces the model's chat template")
+    max_body_mb: float = option(8.0, "larger request bodies get 413")
+    log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """The door in front of prefill and decode workers."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on")
+    api_key: str = option("", "bearer token that requests must carry; empty: none")
+    worker_api_key: str = option("", "bearer token sent to workers; empty: the client's own header passes")
+    policy: str = option("round_robin", "how workers are chosen", choices=("round_robin", "random", "least_loaded"))
+    prefill_policy: str = option("", "policy for prefill workers; empty: as --policy")
+    decode_policy: str = option("", "policy for decode workers; empty: as --policy")
+    request_timeout: float = option(600.0, "seconds until an unfinished request is cut")
+    connect_timeout: float = option(2.0, "seconds to reach a worker")
+    health_interval: float = option(2.0, "seconds between health checks of a worker")
+    health_failures: int = option(2, "failed checks in a row that take a worker out")
+    max_concurrent_requests: int = option(1024, "requests at once; one more gets 429")
+    max_body_mb: float = option(8.0, "larger request bodies get 413")
+    log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        check_choices(self)

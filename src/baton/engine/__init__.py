@@ -1,0 +1,1 @@
+"""Continuous batching over a paged KV cache. The engine sees token ids only; roles and runners are sockets."""

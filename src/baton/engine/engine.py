@@ -1,0 +1,135 @@
+"""The loop. Messages in, messages out; which role, runner and scheduler it conducts is not its business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+from baton.base.clock import Clock
+from baton.base.errors import BatonError, Cancelled, Internal, TimedOut
+from baton.base.messages import Abort, Failed, Flush, Flushed, Generate, Load, Probe, ToEngine, ToFront, Tokens
+from baton.engine.scheduler import Scheduler
+from baton.engine.sequence import Sequence
+from baton.engine.sockets import Role, Runner, Slice
+
+
+class Engine:
+    """One model, one KV pool, one thread.
+
+    `handle` takes what the front says, `step` computes; both return what the front should hear. `busy` says whether
+    another `step` has something to compute now.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, role: Role, clock: Clock) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.role = role
+        self.clock = clock
+        self._counters = Counters()
+        self._last_batch_empty = True
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting) and not self._last_batch_empty
+
+    def handle(self, message: ToEngine) -> list[ToFront]:
+        self._last_batch_empty = False
+        match message:
+            case Generate():
+                return self._submit(message)
+            case Abort(id=id):
+                return [Failed.of(id, Cancelled("aborted"))] if self.role.abort(id) else []
+            case Flush(id=id):
+                return [Flushed(id, True, self.scheduler.flush())]
+            case Probe(id=id):
+                return [self.load(id)]
+
+    def step(self) -> list[ToFront]:
+        arrived = self.role.poll()
+        batch = self.scheduler.next_batch()
+        self._last_batch_empty = not batch and not arrived
+        if not batch:
+            return self._count(arrived)
+        return self._count(arrived + self._compute(batch))
+
+    def expire(self) -> list[ToFront]:
+        """Fail what has passed its own deadline."""
+        now = self.clock.now()
+        late = [s for s in self.scheduler if s.deadline is not None and s.deadline < now]
+        for sequence in late:
+            self.role.abort(sequence.id)
+        return [Failed.of(s.id, TimedOut("the request's deadline passed")) for s in late]
+
+    def load(self, id: str = "") -> Load:
+        scheduler, pool, handoffs, counters = self.scheduler, self.scheduler.pool, self.role.handoffs, self._counters
+        return Load(
+            id,
+            len(scheduler.running),
+            len(scheduler.waiting),
+            scheduler.waiting_tokens,
+            handoffs.open,
+            pool.free,
+            pool.cached,
+            pool.total,
+            handoffs.quarantined_pages,
+            counters.prompt_tokens,
+            counters.cached_tokens,
+            counters.generated_tokens,
+            scheduler.retractions,
+            counters.steps,
+            counters.busy_seconds,
+            handoffs.done,
+            handoffs.failed,
+            handoffs.bytes,
+            handoffs.seconds,
+        )
+
+    def close(self) -> None:
+        self.role.close()
+
+    def _submit(self, request: Generate) -> list[ToFront]:
+        try:
+            self.role.submit(Sequence.of(request, self.clock.now()))
+        except BatonError as error:
+            return [Failed.of(request.id, error)]
+        return []
+
+    def _compute(self, batch: Seq[Slice]) -> list[ToFront]:
+        started = self.clock.now()
+        for piece in batch:
+            if not piece.sequence.stamps.scheduled:
+                piece.sequence.stamps.scheduled = started
+        try:
+            results = self.runner.run(batch)
+        except BatonError as error:  # the runner blames the request (a grammar that does not compile, say)
+            return self._fail(batch, error)
+        messages = self.role.commit(batch, results)
+        self._counters.steps += 1
+        self._counters.busy_seconds += self.clock.now() - started
+        self._counters.prompt_tokens += sum(p.count for p in batch if p.start < p.sequence.prompt_len)
+        return messages
+
+    def _fail(self, batch: Seq[Slice], error: BatonError) -> list[ToFront]:
+        """Only the sequence the error names (`error.param` is its id) pays; nobody named: all of the batch do."""
+        named = [p.sequence for p in batch if p.sequence.id == error.param] or [p.sequence for p in batch]
+        for sequence in named:
+            self.role.abort(sequence.id)
+        return [Failed.of(s.id, error if isinstance(error, BatonError) else Internal(str(error))) for s in named]
+
+    def _count(self, messages: list[ToFront]) -> list[ToFront]:
+        for message in messages:
+            if isinstance(message, Tokens):
+                self._counters.generated_tokens += len(message.tokens)
+                if message.usage is not None:
+                    self._counters.cached_tokens += message.usage.cached_tokens
+        return messages
+
+
+class Counters:
+    """What `Load` reports since start."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.generated_tokens = 0
+        self.steps = 0
+        self.busy_seconds = 0.0

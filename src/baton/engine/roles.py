@@ -1,0 +1,104 @@
+"""`Unified`, the role without a hand-off, and `Committer`, what all roles do with a new token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+from baton.base.clock import Clock
+from baton.base.messages import Finish, ToFront, TokenLogprob, Tokens
+from baton.engine.scheduler import Scheduler
+from baton.engine.sequence import Sequence
+from baton.engine.sockets import HandoffLoad, Runner, Sampled, Slice
+
+
+class Committer:
+    """Accounts for computed slices and turns sampled tokens into messages; ends sequences that are complete."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, eos_token_ids: Seq[int], clock: Clock) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.clock = clock
+
+    def computed(self, piece: Slice, result: Sampled) -> None:
+        """The slice's KV is in its pages."""
+        sequence = piece.sequence
+        self.scheduler.advance(piece)
+        sequence.prompt_logprobs += result.prompt_logprobs
+        if not sequence.stamps.prefilled and sequence.computed_len >= sequence.prompt_len:
+            sequence.stamps.prefilled = self.clock.now()
+
+    def accept(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Tokens:
+        """Append a token; if it is the last one, the sequence leaves the scheduler and its pages go back."""
+        sequence.tokens.append(token)
+        first = sequence.output_len == 1
+        if first:
+            sequence.stamps.first_token = self.clock.now()
+        finish = self._finish(sequence, token)
+        if finish is not None:
+            self.leave(sequence)
+        return Tokens(
+            sequence.id,
+            (token,),
+            (logprob,) if logprob is not None else (),
+            tuple(sequence.prompt_logprobs) if first else (),
+            sequence.usage_cached_len,
+            finish,
+            sequence.usage() if finish is not None else None,
+            sequence.stamps.freeze() if finish is not None else None,
+        )
+
+    def leave(self, sequence: Sequence) -> None:
+        """Finished or aborted: nothing of it stays."""
+        sequence.stamps.finished = self.clock.now()
+        self.scheduler.remove(sequence)
+        self.runner.forget(sequence)
+
+    def commit(self, piece: Slice, result: Sampled) -> list[ToFront]:
+        """Both: what an undivided engine does after a step."""
+        self.computed(piece, result)
+        if result.token is None:
+            return []
+        return [self.accept(piece.sequence, result.token, result.logprob)]
+
+    def _finish(self, sequence: Sequence, token: int) -> Finish | None:
+        sampling = sequence.sampling
+        if sequence.output_len >= sampling.min_tokens:
+            if token in sampling.stop_token_ids:
+                return Finish("stop", token)
+            if token in self.eos_token_ids and not sampling.ignore_eos:
+                return Finish("stop", token)
+        if sequence.output_len >= sampling.max_tokens or sequence.total_len >= self.scheduler.max_model_len:
+            return Finish("length")
+        return None
+
+
+class Unified:
+    """Prefill and decode in one engine."""
+
+    def __init__(self, scheduler: Scheduler, committer: Committer) -> None:
+        self.scheduler = scheduler
+        self.committer = committer
+        self.handoffs = HandoffLoad()
+
+    def submit(self, sequence: Sequence) -> None:
+        self.scheduler.add(sequence)
+
+    def poll(self) -> list[ToFront]:
+        return []
+
+    def commit(self, batch: Seq[Slice], results: Seq[Sampled]) -> list[ToFront]:
+        return [m for piece, result in zip(batch, results, strict=True) for m in self.committer.commit(piece, result)]
+
+    def abort(self, id: str) -> bool:
+        sequence = next((s for s in self.scheduler if s.id == id), None)
+        if sequence is None:
+            return False
+        self.committer.leave(sequence)
+        return True
+
+    def next_deadline(self) -> float | None:
+        return None
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,227 @@
+"""Who computes what in the next step: continuous batching, chunked prefill, preemption by recompute.
+
+Every step computes one token of each decoding sequence and, oldest first, chunks of prompts up to a budget of
+tokens. When pages run out, the youngest running sequence loses its pages and goes
+back to the head of the queue; its tokens stay, so that recomputing them continues the same answer.
+
+    add ──▶ waiting ──(pages)──▶ running ──▶ finished: release
+               ▲                    │
+               └──── preempt ───────┤
+                                    └──▶ detach: a role owns the pages from here on (hand-off)
+    reserve (pages for a prompt that is computed elsewhere) ──▶ adopt ──▶ running
+
+No I/O, no torch, no time: decisions only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from baton.base.blockhash import chain, root
+from baton.base.errors import BadRequest, Overloaded
+from baton.engine.blocks import PagePool
+from baton.engine.sequence import Sequence
+from baton.engine.sockets import Slice
+
+
+class Scheduler:
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        page_size: int,
+        max_running: int,
+        max_waiting: int,
+        chunk: int,
+        max_model_len: int,
+        prefix_caching: bool = True,
+        namespace: str = "",
+    ) -> None:
+        self.pool = pool
+        self.page_size = page_size
+        self.max_running = max_running
+        self.max_waiting = max_waiting
+        self.chunk = chunk
+        self.max_model_len = max_model_len
+        self.prefix_caching = prefix_caching
+        self.namespace = namespace
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.retractions = 0
+
+    # --- coming in -----------------------------------------------------------------------------------------
+
+    def admit(self, sequence: Sequence) -> None:
+        """Raise if the sequence can never run here (`BadRequest`)."""
+        longest = min(self.max_model_len, self.pool.total * self.page_size)
+        wanted = sequence.prompt_len + max(sequence.sampling.max_tokens, 1)
+        if sequence.prompt_len >= longest:
+            raise BadRequest(
+                f"the prompt has {sequence.prompt_len} tokens; this model's context holds {longest}, output included",
+                param="prompt",
+            )
+        if wanted > longest:
+            raise BadRequest(
+                f"prompt ({sequence.prompt_len}) and max_tokens ({sequence.sampling.max_tokens}) add up "
+                f"to {wanted} tokens; this model's context holds {longest}",
+                param="max_tokens",
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. Raises `BadRequest` if it can never fit, `Overloaded` if the queue is full."""
+        self.admit(sequence)
+        if len(self.waiting) >= self.max_waiting:
+            raise Overloaded(f"{len(self.waiting)} requests are waiting already (max-queued-requests)")
+        self.waiting.append(sequence)
+
+    def reserve(self, sequence: Sequence) -> bool:
+        """Pages for the whole prompt, for a prefill that happens elsewhere; the caller owns them (`release`).
+
+        A known prefix is shared: `cached_len` and `computed_len` say how much (at most all but the last token).
+        False if there are not enough pages now, with nothing taken.
+        """
+        return self._take_pages(sequence, sequence.prompt_len)
+
+    def adopt(self, sequence: Sequence) -> None:
+        """A reserved sequence whose prompt has arrived (computed_len == prompt_len) and whose first token is
+        appended: it decodes from the next step on."""
+        assert sequence.computed_len == sequence.prompt_len < sequence.total_len
+        self._publish(sequence)
+        self.running.append(sequence)
+
+    # --- one step ------------------------------------------------------------------------------------------
+
+    def next_batch(self) -> list[Slice]:
+        """Decide the next step, and take the pages for it. Empty: nothing to do, or everything waits for pages."""
+        budget = self.chunk
+        before = self.retractions
+        batch: list[Slice] = []
+        for sequence in list(self.running):
+            if budget > 0 and sequence in self.running:  # else preempted by an older one in this very loop
+                budget -= self._schedule(sequence, budget, batch)
+        if self.retractions != before:  # pages are short: what was preempted waits for at least one step
+            return [piece for piece in batch if piece.sequence in self.running]
+        while budget > 0 and self.waiting and len(self.running) < self.max_running:
+            sequence = self.waiting[0]
+            if not self._take_pages(sequence, budget):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            budget -= self._schedule(sequence, budget, batch)
+        return batch
+
+    def advance(self, piece: Slice) -> None:
+        """The slice is computed: its KV is in the pages, and full pages can be hit by others."""
+        sequence = piece.sequence
+        sequence.computed_len = piece.start + piece.count
+        self._publish(sequence)
+
+    # --- going out -----------------------------------------------------------------------------------------
+
+    def detach(self, sequence: Sequence) -> None:
+        """The sequence leaves the scheduler with its pages; the caller calls `release` when nobody needs them."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        """The one line that gives a sequence's pages back. Idempotent."""
+        pages, sequence.pages = sequence.pages, []
+        self.pool.give_back(pages)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Finished or aborted: out of the scheduler, pages back."""
+        self.detach(sequence)
+        self.release(sequence)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self.running
+        yield from self.waiting
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens that are not computed yet."""
+        return sum(s.pending_len for s in self if s.pending_len > 1)
+
+    def flush(self) -> int:
+        return self.pool.forget_all()
+
+    def check(self, elsewhere: int = 0) -> None:
+        """The audit: all pages are accounted for; `elsewhere` is how many page uses roles hold. Cheap enough to run
+        whenever the engine falls idle."""
+        self.pool.check()
+        if not self.running and not self.waiting and not elsewhere:
+            assert self.pool.free == self.pool.total, f"idle, but {self.pool!r}"
+
+    # --- inside --------------------------------------------------------------------------------------------
+
+    def _schedule(self, sequence: Sequence, budget: int, batch: list[Slice]) -> int:
+        """Append the sequence's next slice to the batch. Returns what it costs of the budget: decode steps are
+        free, so that a full batch never starves prefill, nor a long prompt the decodes."""
+        count = min(budget, sequence.pending_len)
+        if not self._grow(sequence, sequence.computed_len + count):
+            return 0
+        end = sequence.computed_len + count
+        batch.append(Slice(sequence, sequence.computed_len, count, end == sequence.total_len))
+        return count if count > 1 or not sequence.output_len else 0
+
+    def _grow(self, sequence: Sequence, length: int) -> bool:
+        """Pages for the first `length` tokens; preempts younger sequences, in the end this one (then False)."""
+        missing = -(-length // self.page_size) - len(sequence.pages)
+        while missing > self.pool.free:
+            victim = self.running[-1]  # the youngest
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        if missing > 0:
+            sequence.pages += self.pool.take(missing)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.release(sequence)
+        sequence.computed_len = sequence.cached_len = sequence.published = 0
+        sequence.retractions += 1
+        self.retractions += 1
+        self.waiting.appendleft(sequence)
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """Pages of the longest known prefix; the last token is always computed, to have its logits."""
+        if not self.prefix_caching or sequence.sampling.prompt_logprobs is not None:
+            return []
+        self._hash(sequence, (sequence.total_len - 1) // self.page_size)
+        return self.pool.match(sequence.hashes[: (sequence.total_len - 1) // self.page_size])
+
+    def _take_pages(self, sequence: Sequence, budget: int) -> bool:
+        """Start a sequence: share its known prefix, take new pages for up to `budget` tokens more. All or nothing."""
+        hit = self._match(sequence)
+        cached_len = len(hit) * self.page_size
+        missing = -(-min(sequence.total_len, cached_len + budget) // self.page_size) - len(hit)
+        if missing > self.pool.free - self.pool.idle(hit):
+            return False
+        self.pool.share(hit)
+        sequence.pages = hit + self.pool.take(missing)
+        sequence.published = len(hit)
+        sequence.cached_len = sequence.computed_len = cached_len
+        if not sequence.retractions:
+            sequence.usage_cached_len = cached_len
+        return True
+
+    def _publish(self, sequence: Sequence) -> None:
+        if not self.prefix_caching:
+            return
+        full = sequence.computed_len // self.page_size
+        self._hash(sequence, full)
+        for index in range(sequence.published, full):
+            self.pool.publish(sequence.pages[index], sequence.hashes[index])
+        sequence.published = max(sequence.published, full)
+
+    def _hash(self, sequence: Sequence, count: int) -> None:
+        """Make the hashes of the first `count` pages known (the tokens are there, computed or not)."""
+        size = self.page_size
+        while len(sequence.hashes) < count:
+            index = len(sequence.hashes)
+            parent = sequence.hashes[-1] if index else root(f"{self.namespace}\0{sequence.salt}")
+            sequence.hashes.append(chain(parent, sequence.tokens[index * size : (index + 1) * size]))

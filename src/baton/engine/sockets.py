@@ -1,0 +1,111 @@
+"""The engine's sockets: what it needs of others, as small protocols. Fakes and null objects live beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton.base.messages import ToFront, TokenLogprob
+from baton.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Tokens [start, start + count) of a sequence, to be computed in one step.
+
+    Its KV goes to the sequence's pages; everything before `start` is there already. A decode step is a slice of one.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    sample: bool
+    """The slice reaches the last token: draw the next one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What a step gives back for one slice."""
+
+    token: int | None = None
+    """The next token, if the slice asked for one."""
+    logprob: TokenLogprob | None = None
+    """Its logprob, if `sampling.logprobs` is set."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the *prompt tokens* at positions max(start, 1) .. start + count - 1 + (1 if more prompt follows), that is
+    of every prompt token whose predecessor was computed in this slice; only if `sampling.prompt_logprobs` is set."""
+
+
+class Runner(Protocol):
+    """Turns a batch into tokens: `ModelRunner`, or `EchoRunner` in tests and simulations."""
+
+    def run(self, batch: Seq[Slice]) -> list[Sampled]:
+        """One forward step over all slices, prefill and decode mixed; results in the batch's order."""
+        ...
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence is gone or moved: drop what was kept for it (grammar state, token counts). Idempotent."""
+        ...
+
+
+class Role(Protocol):
+    """What an engine does with sequences: `Unified` (engine), `Prefill` and `Decode` (disagg).
+
+    All calls come from the engine's one thread and return at once. A role returns messages, it calls nobody above.
+    """
+
+    def submit(self, sequence: Sequence) -> None:
+        """Take a new sequence. Raises `BatonError` to refuse it (nothing is kept then)."""
+        ...
+
+    def poll(self) -> list[ToFront]:
+        """Let hand-offs make progress: arrivals, losses, expired deadlines."""
+        ...
+
+    def commit(self, batch: Seq[Slice], results: Seq[Sampled]) -> list[ToFront]:
+        """A step is done: account for it, hand tokens out, hand sequences over."""
+        ...
+
+    def abort(self, id: str) -> bool:
+        """Forget a sequence in whatever stage; False if it is not (any more) here. Idempotent."""
+        ...
+
+    @property
+    def handoffs(self) -> HandoffLoad: ...
+
+    def next_deadline(self) -> float | None:
+        """When `poll` must be called even if nothing arrives (Clock time)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class HandoffLoad:
+    """Counts for `Load`."""
+
+    open: int = 0
+    quarantined_pages: int = 0
+    done: int = 0
+    failed: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class EchoRunner:
+    """The fake model: answers with the prompt's tokens in turn, over and over; keeps no KV."""
+
+    def run(self, batch: Seq[Slice]) -> list[Sampled]:
+        return [self._next(piece) for piece in batch]
+
+    def forget(self, sequence: Sequence) -> None:
+        pass
+
+    def _next(self, piece: Slice) -> Sampled:
+        sequence = piece.sequence
+        if not piece.sample:
+            return Sampled()
+        token = sequence.tokens[sequence.output_len % sequence.prompt_len]
+        wanted = sequence.sampling.logprobs is not None
+        return Sampled(token, TokenLogprob(0.0, token) if wanted else None)
