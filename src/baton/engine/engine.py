@@ -59,6 +59,16 @@ class Engine:
             self.role.abort(sequence.id)
         return [Failed.of(s.id, TimedOut("the request's deadline passed")) for s in late]
 
+    def next_deadline(self) -> float | None:
+        """When `step` or `expire` must be called even if no message comes (Clock time); None: no such time."""
+        deadlines = [s.deadline for s in self.scheduler if s.deadline is not None]
+        role = self.role.next_deadline()
+        return min(deadlines + [role] if role is not None else deadlines, default=None)
+
+    def audit(self) -> None:
+        """Cheap enough for every time the engine falls idle: do the pages add up? Raises AssertionError."""
+        self.scheduler.check(self.role.handoffs.open)
+
     def load(self, id: str = "") -> Load:
         scheduler, pool, handoffs, counters = self.scheduler, self.scheduler.pool, self.role.handoffs, self._counters
         return Load(
