@@ -161,6 +161,7 @@ class Ready(Message, frozen=True, array_like=True, tag=True):
     mode: str
     instance: str
     """Random for every start: a restarted engine is another instance."""
+    pid: int = 0
     bootstrap_port: int = 0
     transports: tuple[str, ...] = ()
 
