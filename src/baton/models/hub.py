@@ -1,0 +1,72 @@
+"""A model from the Hugging Face Hub, through its own library: its token, its mirror and its cache settings apply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from baton.models.progress import Progress
+from baton.models.source import SourceFailed, missing
+
+CONFIG_FILES = ["*.json", "*.jinja", "tokenizer.model"]
+WEIGHT_FILES = ["model*.safetensors"]
+REACH_SECONDS = 5.0
+
+
+class HubSource:
+    """Fills a directory of ours with the files of `hub_id`; an interrupted download goes on where it stopped."""
+
+    def __init__(self, hub_id: str, endpoint: str | None = None) -> None:
+        self.name = f"Hugging Face Hub, {hub_id}"
+        self._hub_id = hub_id
+        self._endpoint = endpoint
+
+    def fetch(self, into: Path, progress: Progress) -> None:
+        progress.stage(f"download {self._hub_id} from the Hub")
+        download(self._hub_id, weights=True, into=into, endpoint=self._endpoint)
+
+
+def cached(hub_id: str, weights: bool) -> Path | None:
+    """The directory of `hub_id` in the Hub library's own cache, if it is complete; touches no network."""
+    try:
+        path = Path(snapshot_download(hub_id, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return None if missing(path, weights) else path
+
+
+def download(hub_id: str, weights: bool, into: Path | None = None, endpoint: str | None = None) -> Path:
+    """Raises `SourceFailed` with the reason in one sentence."""
+    patterns = CONFIG_FILES + (WEIGHT_FILES if weights else [])
+    try:
+        path = snapshot_download(
+            hub_id, allow_patterns=patterns, local_dir=into, etag_timeout=REACH_SECONDS, endpoint=endpoint
+        )
+    except GatedRepoError as error:
+        raise SourceFailed("access is gated: accept its terms on the Hub and set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise SourceFailed("there is no such model (a private one needs HF_TOKEN)") from error
+    except HFValidationError as error:
+        raise SourceFailed(f"not a valid Hub id: {error}") from error
+    except LocalEntryNotFoundError as error:
+        raise SourceFailed(f"not reachable: {_root(error)}") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise SourceFailed(str(error).splitlines()[0]) from error
+    lack = missing(Path(path), weights)
+    if lack:
+        raise SourceFailed(f"the download is incomplete or the model is not in safetensors format: {lack}")
+    return Path(path)
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

