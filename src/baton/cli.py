@@ -1,0 +1,262 @@
+"""The door: `baton COMMAND`. A command imports its room when it runs; `--help` imports neither torch nor a server."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from baton import __version__
+from baton.base.config import DisaggConfig, EngineConfig, GatewayConfig, WorkerConfig
+from baton.base.errors import BatonError, ConfigError
+from baton.options import Command, Option, build, config_options
+from baton.sglang_flags import NEGATIVES, ROUTER_SWITCHES, ignored, join_urls, translate
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "auto_envvar_prefix": "BATON"}
+DEFAULT_BACKEND = "native(P:d1t1p1|D:d1t1p1)"
+
+
+class Door(click.Group):
+    """Knows a command whose options are another room's, and imports that room only when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["serve", "worker", "gateway", "pull", "bench", "version"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return _bench() if cmd_name == "bench" else super().get_command(ctx, cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, BENCH_HELP if name == "bench" else self.commands[name].get_short_help_str(80))
+                for name in self.list_commands(ctx)]  # fmt: skip
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+class ServerCommand(Command):
+    """Takes SGLang's spellings."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, translate(args))
+
+
+class RouterCommand(Command):
+    """Takes sglang-router's lists of URLs."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, join_urls(args))
+
+
+def reporting(function: Callable[..., int]) -> Callable[..., None]:
+    """Errors that are ours become one clear line and status 2; with `--log-level debug` the traceback as well."""
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        try:
+            code = function(**values)
+        except BatonError as error:
+            if values.get("log_level") == "debug":
+                traceback.print_exc()
+            click.echo(f"error: {error.message}", err=True)
+            code = 2
+        sys.exit(code)
+
+    return command
+
+
+@click.group(cls=Door, context_settings=SETTINGS)
+@click.version_option(__version__, prog_name="baton")
+def cli() -> None:
+    """Serve language models with prefill and decode apart."""
+
+
+@cli.command(cls=ServerCommand)
+@click.argument("model_name", metavar="[MODEL]", required=False)
+@click.option(
+    "--backend", default=DEFAULT_BACKEND, show_default=True, cls=Option, section="Stack",
+    help="which engines to run: native(P:d1t1p1|D:d1t1p1) is one prefill and one decode engine, "
+    "native:d2t1p1 are two undivided ones",
+)  # fmt: skip
+@click.option(
+    "--worker-port", default=30000, show_default=True, cls=Option, section="Stack",
+    help="workers listen on free ports from here upwards",
+)  # fmt: skip
+@config_options(GatewayConfig, "Gateway", skip=("worker_api_key",))
+@config_options(WorkerConfig, "Workers", only=("served_model_name", "chat_template"))
+@config_options(EngineConfig, "Engines", extra=NEGATIVES)
+@config_options(DisaggConfig, "Prefill and decode apart", skip=("mode", "bootstrap_host"))
+@ignored()
+@reporting
+def serve(model_name: str | None, backend: str, worker_port: int, **values: Any) -> int:
+    """Start workers and a gateway on this machine, and keep them running.
+
+    MODEL is a directory, a Hub id or a short name. Ctrl-C stops everything.
+    """
+    from baton.base.alloc import parse
+    from baton.controller import stack
+    from baton.controller.display import Display
+    from baton.controller.resources import require_free
+    from baton.controller.run import run_stack
+
+    begun = time.monotonic()
+    allocation = parse(backend)
+    engine, directory, served = _model(model_name, values)
+    gateway = dataclasses.replace(build(GatewayConfig, values), worker_api_key=values["api_key"])
+    require_free(gateway.host, gateway.port)
+    front = dataclasses.replace(
+        build(WorkerConfig, values), host="127.0.0.1", port=worker_port, served_model_name=served
+    )
+    workers = stack.plan_workers(allocation, front, engine, build(DisaggConfig, values), stack.Machine.here())
+
+    def ready() -> None:
+        url = stack.url_of(gateway.host, gateway.port)
+        click.echo(f"{served} is ready at {url} after {time.monotonic() - begun:.1f} s. Try:\n")
+        click.echo(curl(url, served, gateway.api_key) + "\n")
+
+    return run_stack(
+        lambda rundir: stack.stack_specs(workers, gateway, directory, rundir), Display(ready), preload=stack.PRELOAD
+    )
+
+
+@cli.command(cls=ServerCommand)
+@config_options(WorkerConfig, "Front")
+@config_options(EngineConfig, "Engine", extra=NEGATIVES)
+@config_options(DisaggConfig, "Prefill and decode apart")
+@ignored()
+@reporting
+def worker(**values: Any) -> int:
+    """Run one worker: an HTTP front with its engine, undivided or of one role."""
+    from baton.controller import stack
+    from baton.controller.display import Display
+    from baton.controller.resources import require_free
+    from baton.controller.run import run_stack
+
+    begun = time.monotonic()
+    engine, directory, served = _model(None, values)
+    front = dataclasses.replace(build(WorkerConfig, values), served_model_name=served)
+    disagg = build(DisaggConfig, values)
+    require_free(front.host, front.port)
+    if disagg.mode == "prefill":
+        require_free(disagg.bootstrap_host, disagg.bootstrap_port, "--disaggregation-bootstrap-port")
+    name = "worker" if disagg.mode == "null" else disagg.mode
+    one = stack.Worker(name, front, engine, disagg)
+
+    def ready() -> None:
+        click.echo(f"{name} worker for {served} is ready at {one.url} after {time.monotonic() - begun:.1f} s")
+
+    return run_stack(lambda rundir: stack.worker_specs(one, directory, rundir), Display(ready), preload=stack.PRELOAD)
+
+
+def _prefill_urls(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> list[tuple[str, int | None]]:
+    """Each is `URL` or `URL PORT`, where PORT is the worker's bootstrap port or `none`."""
+    pairs = [value.partition(" ") for value in values]
+    return [(url, int(port) if port.isdigit() else None) for url, _, port in pairs]
+
+
+@cli.command(cls=RouterCommand)
+@click.option(
+    "--prefill", multiple=True, metavar="URL [PORT]", callback=_prefill_urls, cls=Option, section="Workers",
+    help="a prefill worker, and its bootstrap port (none: the decode worker knows it); may be repeated",
+)  # fmt: skip
+@click.option(
+    "--decode", multiple=True, metavar="URL", cls=Option, section="Workers", help="a decode worker; may be repeated"
+)
+@click.option(
+    "--worker", "--worker-urls", "regular", multiple=True, metavar="URL", cls=Option, section="Workers",
+    help="an undivided worker; may be repeated",
+)  # fmt: skip
+@config_options(GatewayConfig, "Gateway")
+@ignored(ROUTER_SWITCHES, ())
+@reporting
+def gateway(
+    prefill: Sequence[tuple[str, int | None]], decode: Sequence[str], regular: Sequence[str], **values: Any
+) -> int:
+    """Put an OpenAI-compatible gateway before workers: our own, or SGLang's."""
+    from baton.controller.child import resolve
+    from baton.controller.resources import require_free
+    from baton.controller.stack import GATEWAY
+
+    config = build(GatewayConfig, values)
+    if bool(prefill) != bool(decode):
+        here, missing = ("--prefill", "--decode") if prefill else ("--decode", "--prefill")
+        raise ConfigError(f"{here} without {missing}: prefill and decode workers work in pairs")
+    if not (prefill or regular):
+        raise ConfigError("no workers; give --prefill URL [PORT] and --decode URL, or --worker URL")
+    for url in [*(url for url, _ in prefill), *decode, *regular]:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f'worker "{url}" is no URL; write http://HOST:PORT')
+    require_free(config.host, config.port)
+    resolve(GATEWAY)(config, list(prefill), list(decode), list(regular))
+    return 0
+
+
+@cli.command(cls=Command)
+@click.argument("model_name", metavar="[MODEL]", default=EngineConfig.__dataclass_fields__["model"].default)
+@reporting
+def pull(model_name: str) -> int:
+    """Get a model into the cache, and print where it is."""
+    click.echo(_fetch(model_name, "auto"))
+    return 0
+
+
+@cli.command(cls=Command)
+@reporting
+def version() -> int:
+    """Print the version."""
+    click.echo(__version__)
+    return 0
+
+
+BENCH_HELP = "Put load on a server, and say honestly what came back."
+
+
+@functools.cache
+def _bench() -> click.Command:
+    from baton.lab.config import BenchConfig
+
+    @click.command("bench", cls=Command, help=BENCH_HELP, context_settings=SETTINGS)
+    @config_options(BenchConfig, "Load and report")
+    @reporting
+    def bench(**values: Any) -> int:
+        from baton.lab.bench import run
+
+        return run(build(BenchConfig, values))
+
+    return bench
+
+
+def curl(url: str, model: str, api_key: str = "") -> str:
+    """A chat request to paste into a shell."""
+    message = {"role": "user", "content": "Why is the sky blue?"}
+    body = json.dumps({"model": model, "messages": [message]})
+    key = f" -H {shlex.quote(f'Authorization: Bearer {api_key}')}" if api_key else ""
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+
+
+def _model(name: str | None, values: dict[str, Any]) -> tuple[EngineConfig, Path, str]:
+    """The engine's configuration with the model's directory in it, that directory, and the name to serve it by."""
+    engine = build(EngineConfig, values)
+    given = name or engine.model
+    directory = _fetch(given, engine.load_format)
+    served = values["served_model_name"] or (directory.name if Path(given).is_dir() else given)
+    return dataclasses.replace(engine, model=str(directory)), directory, served
+
+
+def _fetch(name: str, load_format: str) -> Path:
+    from baton.models import RichProgress, resolve
+
+    with RichProgress() as progress:
+        return resolve(name, load_format=load_format, progress=progress).resolve()
+
+
+def main() -> None:
+    """Entry point of `baton`."""
+    cli(prog_name="baton")

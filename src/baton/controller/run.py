@@ -1,0 +1,124 @@
+"""Runs a stack until somebody stops it: the supervisor's mind, the launcher's hands, and one inbox between them."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Protocol
+
+from baton.base.clock import Clock, MonotonicClock
+from baton.controller.local import Launcher, LocalLauncher
+from baton.controller.probe import Inbox
+from baton.controller.rundir import RunDirectory, tail
+from baton.controller.spec import ProcessSpec
+from baton.controller.supervisor import Action, Event, Kill, Note, Start, StopAsked, Supervisor, Terminate, Tick
+
+NURSERY = "nursery"
+"""Name of the fork server's log."""
+
+
+class Watcher(Protocol):
+    """Shows a person what happens: `baton.controller.display`."""
+
+    def update(self, supervisor: Supervisor) -> None:
+        """Something may have changed."""
+        ...
+
+    def note(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def run_stack(
+    specs: Callable[[RunDirectory], Sequence[ProcessSpec]], watcher: Watcher, *, preload: Sequence[str] = ()
+) -> int:
+    """Start what `specs` says, keep it running, stop it on SIGINT or SIGTERM (a second one forces).
+
+    Returns the exit code: 0 after an ordered stop, 1 if the stack gave up (the run directory is kept then, and the
+    log of the process at fault shown). Raises `ConfigError` before anything is started.
+    """
+    rundir = RunDirectory.create()
+    inbox = Inbox()
+    try:
+        wanted = specs(rundir)
+        with contextlib.closing(watcher), stop_signals(inbox):
+            launcher = LocalLauncher(inbox, preload, rundir.log(NURSERY))
+            clock = MonotonicClock()
+            supervisor = Supervisor(wanted, clock.now())
+            try:
+                if any(spec.heavy for spec in wanted):
+                    launcher.warm_up()
+                conduct(supervisor, launcher, inbox, clock, watcher)
+            finally:
+                launcher.close()
+    except BaseException:
+        rundir.remove()
+        raise
+    if supervisor.failure is None:
+        rundir.remove()
+        return 0
+    report(supervisor, rundir)
+    return 1
+
+
+def conduct(supervisor: Supervisor, launcher: Launcher, inbox: Inbox, clock: Clock, watcher: Watcher) -> None:
+    """The loop: an event comes, the supervisor decides, the launcher acts. Until nothing is left to supervise."""
+    event: Event = Tick()
+    while True:
+        for action in supervisor.handle(event, clock.now()):
+            _perform(action, launcher, watcher)
+        watcher.update(supervisor)
+        if supervisor.done:
+            return
+        event = _next(inbox, supervisor.next_deadline(), clock)
+
+
+@contextlib.contextmanager
+def stop_signals(inbox: Inbox) -> Iterator[None]:
+    """Signals only write a letter; the loop acts. The old handlers come back at the end."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        inbox.put(StopAsked())
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def report(supervisor: Supervisor, rundir: RunDirectory) -> None:
+    """Says on stderr which process failed, why, what it wrote last, and where the rest is."""
+    failure = supervisor.failure
+    assert failure is not None
+    log = supervisor.entries[failure.name].spec.log
+    lines = tail(log) or tail(rundir.log(NURSERY))
+    kept = rundir.keep()
+    text = [f"error: {failure.name}: {failure.reason}"]
+    text += [f"  | {line}" for line in lines]
+    text += [f"all logs: {kept}"]
+    sys.stderr.write("\n".join(text) + "\n")
+
+
+def _perform(action: Action, launcher: Launcher, watcher: Watcher) -> None:
+    match action:
+        case Start(spec, run):
+            launcher.start(spec, run)
+        case Terminate(name, run):
+            launcher.terminate(name, run)
+        case Kill(name, run):
+            launcher.kill(name, run)
+        case Note(text):
+            watcher.note(text)
+
+
+def _next(inbox: Inbox, deadline: float | None, clock: Clock) -> Event:
+    try:
+        return inbox.get(timeout=None if deadline is None else max(0.0, deadline - clock.now()))
+    except queue.Empty:
+        return Tick()
