@@ -1,0 +1,329 @@
+"""OpenAI's `/v1/completions` and `/v1/chat/completions`: requests, with the fields vLLM and SGLang add.
+
+The answers are in `openai_replies`. Unknown keys are ignored; known ones are type-checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from baton.api.dialect import Writer, decode, request_id
+from baton.api.job import Job, ModelContext, PDFields, Prompt, count_sequences, prompt_of, tickets
+from baton.api.openai_replies import ChatWriter, CompletionWriter, ReplyOptions
+from baton.api.sampling import (
+    JSON_OBJECT,
+    MAX_TOP_LOGPROBS_OPENAI,
+    Asked,
+    Plan,
+    build,
+    choice_grammar,
+    one_grammar,
+    schema_grammar,
+    structural_grammar,
+    text_grammar,
+)
+from baton.base.errors import BadRequest
+from baton.base.messages import Grammar
+
+COMPLETION_TOKENS = 16
+"""OpenAI's default for /v1/completions; a chat goes on as long as the context holds."""
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True):
+    """vLLM's `structured_outputs`."""
+
+    json: Any = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Any = None
+
+
+class CommonRequest(PDFields, kw_only=True):
+    """What both routes take."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+    response_format: dict[str, Any] | None = None
+    # vLLM and SGLang
+    rid: str | None = None
+    request_id: str | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    json_schema: Any = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: Any = None
+
+
+class CompletionRequest(CommonRequest, kw_only=True):
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+class ChatRequest(CommonRequest, kw_only=True):
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class Completions:
+    name = "completions"
+
+    def __init__(self) -> None:
+        self._decoder = msgspec.json.Decoder(CompletionRequest)
+
+    def parse(self, body: bytes, context: ModelContext, rid: str | None) -> tuple[Job, Writer]:
+        request: CompletionRequest = decode(self._decoder, body)
+        context.check_model(request.model)
+        _refuse_unsupported(request)
+        plan = _completion_plan(request, context)
+        special = request.add_special_tokens is not False
+        prompts = [prompt_of(p, context, "prompt", special=special) for p in _prompts(request.prompt)]
+        if request.echo:
+            prompts = [_with_text(prompt, context) for prompt in prompts]
+        job = _job(request, prompts, plan, context, COMPLETION_TOKENS)
+        options = _reply_options(request, plan)
+        name = request_id(request.rid or request.request_id or rid, "cmpl-")
+        return job, CompletionWriter(name, context, job, options, echo=bool(request.echo))
+
+
+class Chat:
+    name = "chat"
+
+    def __init__(self) -> None:
+        self._decoder = msgspec.json.Decoder(ChatRequest)
+
+    def parse(self, body: bytes, context: ModelContext, rid: str | None) -> tuple[Job, Writer]:
+        request: ChatRequest = decode(self._decoder, body)
+        context.check_model(request.model)
+        plan = _chat_plan(request, context)
+        prompt = prompt_of(_chat_text(request, context), context, "messages", special=bool(request.add_special_tokens))
+        job = _job(request, [prompt], plan, context, None)
+        name = request_id(request.rid or request.request_id or rid, "chatcmpl-")
+        return job, ChatWriter(name, context, job, _reply_options(request, plan))
+
+
+def _job(
+    request: CommonRequest, prompts: list[Prompt], plan: Plan, context: ModelContext, default_tokens: int | None
+) -> Job:
+    count_sequences(len(prompts), plan.n)
+    return Job(
+        prompts=prompts,
+        plans=[plan] * len(prompts),
+        tickets=tickets(request, len(prompts), plan.n, context),
+        stream=bool(request.stream),
+        rids=[],
+        default_tokens=default_tokens,
+        priority=request.priority or 0,
+        cache_salt=request.cache_salt or "",
+    )
+
+
+def _reply_options(request: CommonRequest, plan: Plan) -> ReplyOptions:
+    stream = request.stream_options
+    return ReplyOptions(
+        include_usage=stream is not None and bool(stream.include_usage),
+        continuous_usage=stream is not None and bool(stream.continuous_usage_stats),
+        logprobs=plan.sampling.logprobs,
+        token_ids=bool(request.return_token_ids),
+    )
+
+
+def _asked(request: CommonRequest) -> Asked:
+    return Asked(
+        max_tokens=request.max_tokens,
+        min_tokens=request.min_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        min_p=request.min_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=request.logit_bias,
+        stop=request.stop,
+        stop_token_ids=request.stop_token_ids,
+        ignore_eos=request.ignore_eos,
+        seed=request.seed,
+        n=request.n,
+        skip_special_tokens=request.skip_special_tokens,
+        keep_stop=request.include_stop_str_in_output or request.no_stop_trim,
+        grammar=_grammar(request),
+    )
+
+
+def _completion_plan(request: CompletionRequest, context: ModelContext) -> Plan:
+    asked = _asked(request)
+    asked.logprobs = request.logprobs
+    asked.prompt_logprobs = request.prompt_logprobs
+    if request.echo and asked.prompt_logprobs is None:
+        asked.prompt_logprobs = request.logprobs
+    return build(asked, context.vocab_size, zero_tokens=bool(request.echo), top_logprobs=MAX_TOP_LOGPROBS_OPENAI)
+
+
+def _chat_plan(request: ChatRequest, context: ModelContext) -> Plan:
+    asked = _asked(request)
+    if request.max_completion_tokens is not None:
+        asked.max_tokens = request.max_completion_tokens
+        asked.names = {"max_tokens": "max_completion_tokens"}
+    if request.top_logprobs is not None and not request.logprobs:
+        raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    if request.logprobs:
+        asked.logprobs = request.top_logprobs or 0
+        asked.names = {**asked.names, "logprobs": "top_logprobs"}
+    return build(asked, context.vocab_size, top_logprobs=MAX_TOP_LOGPROBS_OPENAI)
+
+
+def _prompts(value: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """The four forms of `prompt`: text, texts, token ids, lists of token ids."""
+    if isinstance(value, str):
+        return [value]
+    if not value:
+        raise BadRequest("the prompt is empty", param="prompt")
+    ids = [item for item in value if isinstance(item, int)]
+    if len(ids) == len(value):
+        return [ids]
+    texts = [item for item in value if isinstance(item, str)]
+    lists = [item for item in value if isinstance(item, list)]
+    if len(texts) == len(value) or len(lists) == len(value):
+        return [*texts, *lists]
+    raise BadRequest("prompt must be text, texts, token ids or lists of token ids, not a mixture", param="prompt")
+
+
+def _with_text(prompt: Prompt, context: ModelContext) -> Prompt:
+    if prompt.text is not None:
+        return prompt
+    return Prompt(prompt.tokens, context.tokenizer.decode(prompt.tokens, skip_special=False))
+
+
+def _chat_text(request: ChatRequest, context: ModelContext) -> str:
+    if not request.messages:
+        raise BadRequest("messages is empty", param="messages")
+    for index, message in enumerate(request.messages):
+        if not isinstance(message.get("role"), str):
+            raise BadRequest("a message needs a role", param=f"messages[{index}].role")
+    continued = bool(request.continue_final_message)
+    if continued and request.add_generation_prompt:
+        raise BadRequest("continue_final_message and add_generation_prompt exclude each other", param="messages")
+    extra = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        extra.setdefault("reasoning_effort", request.reasoning_effort)
+    if request.documents is not None:
+        extra.setdefault("documents", request.documents)
+    for reserved in ("messages", "tools", "add_generation_prompt", "continue_final_message"):
+        extra.pop(reserved, None)
+    return context.chat.render(
+        request.messages,
+        tools=_tools(request),
+        add_generation_prompt=request.add_generation_prompt is not False and not continued,
+        continue_final_message=continued,
+        **extra,
+    )
+
+
+def _tools(request: ChatRequest) -> list[dict[str, Any]] | None:
+    choice = request.tool_choice
+    if choice not in (None, "auto", "none"):
+        raise BadRequest('tool_choice can be "auto" or "none" here', param="tool_choice")
+    return None if choice == "none" else request.tools
+
+
+def _refuse_unsupported(request: CompletionRequest) -> None:
+    if request.suffix:
+        raise BadRequest("suffix is not supported: the models served here only continue a text", param="suffix")
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise BadRequest("best_of is supported only if equal to n", param="best_of")
+
+
+def _grammar(request: CommonRequest) -> Grammar | None:
+    outputs = request.structured_outputs or StructuredOutputs()
+    return one_grammar(
+        {
+            "response_format": _response_format(request.response_format),
+            "structured_outputs.json": schema_grammar(outputs.json, "structured_outputs.json"),
+            "structured_outputs.regex": text_grammar("regex", outputs.regex),
+            "structured_outputs.choice": choice_grammar(outputs.choice, "structured_outputs.choice"),
+            "structured_outputs.grammar": text_grammar("ebnf", outputs.grammar),
+            "structured_outputs.json_object": JSON_OBJECT if outputs.json_object else None,
+            "structured_outputs.structural_tag": structural_grammar(outputs.structural_tag),
+            "guided_json": schema_grammar(request.guided_json, "guided_json"),
+            "guided_regex": text_grammar("regex", request.guided_regex),
+            "guided_choice": choice_grammar(request.guided_choice, "guided_choice"),
+            "guided_grammar": text_grammar("ebnf", request.guided_grammar),
+            "json_schema": schema_grammar(request.json_schema, "json_schema"),
+            "regex": text_grammar("regex", request.regex),
+            "ebnf": text_grammar("ebnf", request.ebnf),
+            "structural_tag": structural_grammar(request.structural_tag),
+        }
+    )
+
+
+def _response_format(value: dict[str, Any] | None) -> Grammar | None:
+    if value is None:
+        return None
+    match value.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return JSON_OBJECT
+        case "json_schema":
+            wrapper = value.get("json_schema")
+            schema = wrapper.get("schema", wrapper.get("schema_")) if isinstance(wrapper, dict) else None
+            if schema is None:
+                raise BadRequest("response_format.json_schema.schema is missing", param="response_format")
+            return schema_grammar(schema, "response_format.json_schema.schema")
+        case "structural_tag":
+            return structural_grammar(value)
+        case other:
+            raise BadRequest(
+                f"response_format.type is {other!r}; allowed: text, json_object, json_schema, structural_tag",
+                param="response_format",
+            )
