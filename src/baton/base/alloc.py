@@ -162,7 +162,8 @@ class _Reader:
             letter, count = dim.children
             assert isinstance(letter, Token)
             if letter not in {field.name for field in dataclasses.fields(Dims)}:
-                raise self._error(letter, unknown("dimension", letter, "dtpce"))
+                hint = f' (did you mean "{letter.lower()}"?)' if letter.lower() in "dtpce" else ""
+                raise self._error(letter, unknown("dimension", letter, "dtpce") + hint)
             if letter in sizes:
                 raise self._error(letter, f"dimension {letter} is given twice")
             sizes[str(letter)] = int(str(count))

@@ -197,7 +197,7 @@ class Supervisor:
                 entry.pid = event.pid
                 if entry.state is State.STARTING:
                     self._move(entry, State.LOADING, now, entry.deadline)
-            elif entry.state is not State.STOPPING:
+            elif entry.state in (State.STARTING, State.LOADING):
                 entry.ever_ready = True
                 self._move(entry, State.READY, now)
 
