@@ -103,6 +103,9 @@ class Grammars:
     def forget(self, sequence: Sequence) -> None:
         self._followers.pop(sequence.id, None)
 
+    def __repr__(self) -> str:
+        return f"<Grammars {len(self._compiled)} compiled, {len(self._followers)} in use>"
+
     def _follow(self, sequence: Sequence) -> LLMatcher:
         """The sequence's matcher, after all of its output."""
         follower = self._followers.get(sequence.id)
@@ -111,10 +114,15 @@ class Grammars:
             self._followers[sequence.id] = follower
         fresh = sequence.tokens[follower.seen :]
         if fresh:
-            follower.matcher.consume_tokens(fresh)
+            self._feed(follower.matcher, fresh)
             self._check(follower.matcher, sequence)
             follower.seen = sequence.total_len
         return follower.matcher
+
+    def _feed(self, matcher: LLMatcher, tokens: Seq[int]) -> None:
+        for token in tokens:
+            if not (matcher.is_stopped() and token in self._eos_token_ids):  # ignore_eos: the end, over and over
+                matcher.consume_token(token)
 
     def _start(self, sequence: Sequence) -> LLMatcher:
         grammar = sequence.sampling.grammar
@@ -130,7 +138,7 @@ class Grammars:
     def _compile(self, grammar: Grammar, sequence: Sequence) -> LLMatcher:
         try:
             source = _translate(grammar)
-        except ValueError as error:  # that is what the library and `json` raise
+        except (ValueError, RecursionError) as error:  # that is what the library and `json` raise
             raise self._refusal(grammar, str(error), sequence) from error
         matcher = LLMatcher(self._tokenizer(sequence), source, log_level=0, limits=LIMITS)
         if matcher.is_error():
@@ -158,7 +166,7 @@ class Grammars:
 
     @staticmethod
     def _refusal(grammar: Grammar, said: str, sequence: Sequence) -> BadRequest:
-        said = said.partition("<state>")[0].strip()
+        said = said.partition("<state>")[0].removesuffix("<non-verbose/>").strip()
         return BadRequest(f"the {grammar.kind} cannot be used: {said}", param=sequence.id)
 
 
@@ -179,8 +187,13 @@ def _translate(grammar: Grammar) -> str:
             return grammar.source
 
 
-def _json(schema: str) -> str:
-    return str(LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE}))
+def _json(source: str) -> str:
+    schema = json.loads(source)
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise ValueError("a schema is a JSON object")
+    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE}))
 
 
 def _choice(source: str) -> str:
