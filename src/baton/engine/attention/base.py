@@ -1,0 +1,84 @@
+"""What attention is asked to do in one step.
+
+    rows       0   1   2 | 3 4 5 6 7 | 8 9 10        the tokens of all slices, flattened: decode steps come first
+    slice      A   B   C |     D     |   E
+    start     41   7  96 |     0     |  512          tokens of the sequence that are in its pages already
+    count      1   1   1 |     5     |   3
+
+Everything that depends on the batch alone is computed once per step, here, and not once per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from baton.engine.sockets import Slice
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What is fixed for one layer. `window`: how many tokens a query sees, itself included; 0: all before it.
+    `softcap`: scores become softcap * tanh(score / softcap); 0: no such cap."""
+
+    layer: int
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where the tokens of one step are; all arrays on the CPU."""
+
+    positions: NDArray[np.int64]
+    """[rows] position in its sequence."""
+    pages: NDArray[np.int32]
+    """[slices, most pages of a slice] page ids; what is beyond a slice's length is undefined."""
+    starts: NDArray[np.int32]
+    """[slices]"""
+    counts: NDArray[np.int32]
+    """[slices]"""
+    first_rows: NDArray[np.int32]
+    """[slices]"""
+    decodes: int
+    """The first `decodes` slices are decode steps: one row each."""
+
+    @property
+    def count(self) -> int:
+        return len(self.positions)
+
+
+class Step(Protocol):
+    """One forward step. Handed down through the model, called once per layer."""
+
+    def attend(self, spec: Spec, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Write the rows' KV into their pages, then let every row see its sequence up to itself.
+
+        query [rows, heads, head_dim], key and value [rows, kv_heads, head_dim] -> [rows, heads, head_dim].
+        """
+        ...
+
+
+class Attention(Protocol):
+    """A kernel, bound to a KV pool."""
+
+    def begin(self, rows: Rows) -> Step: ...
+
+
+def lay_out(batch: Seq[Slice], page_size: int) -> Rows:
+    """The rows of `batch`, whose decode steps (slices of one token) must come first."""
+    counts = np.array([piece.count for piece in batch], dtype=np.int32)
+    starts = np.array([piece.start for piece in batch], dtype=np.int32)
+    first_rows = np.cumsum(counts, dtype=np.int32) - counts
+    used = -(-(starts + counts) // page_size)
+    pages = np.zeros((len(batch), int(used.max())), dtype=np.int32)
+    for index, piece in enumerate(batch):
+        pages[index, : used[index]] = piece.sequence.pages[: used[index]]
+    positions = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(starts - first_rows, counts)
+    return Rows(positions, pages, starts, counts, first_rows, int((counts == 1).sum()))
