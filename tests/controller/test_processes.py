@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -60,10 +61,8 @@ class Stack:
     def run_until(self, reached: Callable[[Supervisor], bool]) -> None:
         """Supervise until so, or until everything has ended."""
         self._until = reached
-        try:
+        with contextlib.suppress(Reached):
             conduct(self.supervisor, self.launcher, self.inbox, MonotonicClock(), self)
-        except Reached:
-            pass
 
     def stop(self) -> None:
         self.inbox.put(StopAsked())
