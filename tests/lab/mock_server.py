@@ -30,14 +30,14 @@ class Mock:
     most: int = 0
     """Requests at once, at most."""
 
-    open: dict[asyncio.Task[None], asyncio.StreamWriter] = field(default_factory=dict)
+    open: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self.connections += 1
-        self.open[task] = writer
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        self.open.append(task)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):  # ends here
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
                 headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in head[1:] if line)}
@@ -66,8 +66,8 @@ async def mock_server(answer: Answer) -> AsyncIterator[Mock]:
         yield mock
     finally:
         server.close()
-        for writer in mock.open.values():
-            writer.close()
+        for task in mock.open:
+            task.cancel()
         await asyncio.gather(*mock.open, return_exceptions=True)
 
 

@@ -73,7 +73,7 @@ class _Choice(msgspec.Struct):
 class _OpenAIChunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 class _Meta(msgspec.Struct):
@@ -86,7 +86,7 @@ class _GenerateChunk(msgspec.Struct):
     text: str | None = None
     output_ids: list[int] = []
     meta_info: _Meta | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 class OpenAI:
@@ -116,7 +116,7 @@ class OpenAI:
     def read(self, data: bytes) -> Chunk:
         chunk = self._decoder.decode(data)
         content = any(choice.content for choice in chunk.choices)
-        error = bytes(chunk.error).decode(errors="replace") if chunk.error is not None else ""
+        error = msgspec.json.encode(chunk.error).decode() if chunk.error is not None else ""
         if chunk.usage is None:
             return Chunk(content, error=error)
         usage = chunk.usage
@@ -146,7 +146,7 @@ class Generate:
 
     def read(self, data: bytes) -> Chunk:
         chunk = self._decoder.decode(data)
-        error = bytes(chunk.error).decode(errors="replace") if chunk.error is not None else ""
+        error = msgspec.json.encode(chunk.error).decode() if chunk.error is not None else ""
         content = bool(chunk.text or chunk.output_ids)
         if chunk.meta_info is None:
             return Chunk(content, error=error)
