@@ -53,6 +53,8 @@ def crash_until(path: str, counter: str, lives: int) -> None:
     with open(counter, "a", encoding="utf-8") as file:
         file.write("x")
     if os.path.getsize(counter) <= lives:
+        sys.stderr.write("not yet\n")
+        sys.stderr.flush()
         os._exit(3)
     touch_and_sleep(path)
 

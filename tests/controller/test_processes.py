@@ -21,7 +21,7 @@ from baton.controller.probe import Inbox
 from baton.controller.resources import free_ports
 from baton.controller.run import conduct
 from baton.controller.spec import Check, HttpCheck, PathCheck, ProcessSpec, RestartPolicy
-from baton.controller.supervisor import Event, Exited, Note, StopAsked, Supervisor
+from baton.controller.supervisor import Event, Exited, Note, State, StopAsked, Supervisor
 
 from . import targets
 
@@ -174,8 +174,8 @@ def test_a_process_that_dies_twice_and_then_works(stack: Stack, heavy: bool, tmp
     stack.start()
     stack.run_until(all_ready)
     assert stack.notes == [
-        "one ended with status 3; restart in 0.05 s",
-        "one ended with status 3; restart in 0.1 s",
+        "one ended with status 3; restart in 0.05 s\n  | not yet",
+        "one ended with status 3; restart in 0.1 s\n  | not yet",
     ]
     stack.stop()
 
@@ -228,6 +228,18 @@ def test_children_of_a_dead_fork_server_die_and_come_back_from_a_new_one(stack: 
     assert dead(engine)
     assert stack.notes == ["one ended by SIGKILL; restart in 0.05 s"]
     stack.stop()
+
+
+def test_a_stop_does_not_wait_for_the_imports_of_the_fork_server(stack: Stack) -> None:
+    stack.launcher.close()
+    stack.launcher = LocalLauncher(stack.inbox, [f"{targets.__package__}.slow_import"], stack.directory / "n.log")
+    stack.add("one", "touch_and_sleep", heavy=True)
+    stack.start()
+    stack.run_until(lambda s: s.entries["one"].state is State.STARTING)
+    begun = time.monotonic()
+    stack.stop()
+    stack.close()
+    assert time.monotonic() - begun < 1.0
 
 
 def test_a_fork_server_that_cannot_import_is_a_failure_with_its_log(stack: Stack) -> None:

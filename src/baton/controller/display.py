@@ -65,7 +65,7 @@ class Display:
         self._seen = {name: (entry.state, entry.run) for name, entry in supervisor.entries.items()}
 
     def note(self, text: str) -> None:
-        self._console.print(text, style="yellow", markup=False)
+        self._console.print(text, style="dim", markup=False)
 
     def close(self) -> None:
         self._end_live()

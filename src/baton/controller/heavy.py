@@ -16,7 +16,7 @@ from pathlib import Path
 
 from baton.controller import nursery
 from baton.controller.child import LAST_WORDS, Job
-from baton.controller.nursery import Fork, Forked, Gone, Signal
+from baton.controller.nursery import Fork, Forked, Gone, Hatched, Signal
 from baton.controller.probe import Inbox, Prober
 from baton.controller.supervisor import Exited, Started
 
@@ -58,6 +58,9 @@ class Link:
         self._prober = prober
         self._lock = threading.Lock()
         self._runs: set[tuple[str, int]] = set()
+        self._waiting: list[Fork] = []
+        """Asked for while the nursery still imports."""
+        self._hatched = False
         self.dead = False
         self._process, self._socket, self._lifeline = _launch(preload, log)
         self._control = Connection(os.dup(self._socket.fileno()))
@@ -69,18 +72,25 @@ class Link:
             self._runs.add((order.job.name, order.run))
             if self.dead:
                 self._all_gone(1)
-            else:
+            elif self._hatched:
                 self._send(order)
+            else:
+                self._waiting.append(order)
 
     def signal(self, order: Signal) -> None:
         with self._lock:
-            if (order.name, order.run) in self._runs:
+            if any((fork.job.name, fork.run) == (order.name, order.run) for fork in self._waiting):
+                self._waiting = [f for f in self._waiting if (f.job.name, f.run) != (order.name, order.run)]
+                self._gone(order.name, order.run, -order.number)
+            elif (order.name, order.run) in self._runs:
                 self._send(order)
 
     def close(self) -> None:
         """The nursery ends when it sees the control connection end; its children, when the lifeline does."""
         with contextlib.suppress(OSError):  # it closed first
             self._socket.shutdown(socket.SHUT_RDWR)
+        if not self._hatched:
+            self._process.kill()  # it has no children yet, and does not look
         os.close(self._lifeline)
         self._reader.join()
         self._control.close()
@@ -96,7 +106,7 @@ class Link:
                 self._take(self._control.recv())
         try:
             code = self._process.wait(LAST_WORDS + 1)
-        except subprocess.TimeoutExpired:  # still importing: it has not seen the end of file
+        except subprocess.TimeoutExpired:  # it hangs
             self._process.kill()
             code = self._process.wait()
         with self._lock:
@@ -104,7 +114,13 @@ class Link:
             self._all_gone(code or 1)
 
     def _take(self, news: object) -> None:
-        if isinstance(news, Forked):
+        if isinstance(news, Hatched):
+            with self._lock:
+                self._hatched = True
+                waiting, self._waiting = self._waiting, []
+                for order in waiting:
+                    self._send(order)
+        elif isinstance(news, Forked):
             self._inbox.put(Started(news.name, news.run, news.pid))
         elif isinstance(news, Gone):
             with self._lock:

@@ -50,6 +50,7 @@ def run_stack(
             clock = MonotonicClock()
             supervisor = Supervisor(wanted, clock.now())
             try:
+                watcher.note(f"logs: {rundir.path}")
                 if any(spec.heavy for spec in wanted):
                     launcher.warm_up()
                 conduct(supervisor, launcher, inbox, clock, watcher)
@@ -113,8 +114,9 @@ def _perform(action: Action, launcher: Launcher, watcher: Watcher) -> None:
             launcher.terminate(name, run)
         case Kill(name, run):
             launcher.kill(name, run)
-        case Note(text):
-            watcher.note(text)
+        case Note(text, log):
+            words = tail(log, 1) if log is not None else []
+            watcher.note("\n".join([text, *(f"  | {line}" for line in words)]))
 
 
 def _next(inbox: Inbox, deadline: float | None, clock: Clock) -> Event:

@@ -17,6 +17,7 @@ import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from baton.controller.spec import ProcessSpec
 
@@ -115,9 +116,10 @@ class Kill:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something a person wants to know."""
+    """Something a person wants to know; the end of `log` says more."""
 
     text: str
+    log: Path | None = None
 
 
 Action = Start | Terminate | Kill | Note
@@ -221,7 +223,8 @@ class Supervisor:
         if not entry.ever_ready and entry.deaths >= policy.attempts:
             return self._give_up(entry, f"it ended {entry.deaths} times before it was ready, {how(code)}", now)
         delay = policy.delay(entry.deaths)
-        self._out.append(Note(f"{name} ended {how(code)}; restart in {delay:g} s"))
+        log = entry.spec.log if code > 0 else None  # who was killed had no time for words
+        self._out.append(Note(f"{name} ended {how(code)}; restart in {delay:g} s", log))
         self._move(entry, State.BACKING_OFF, now, now + delay)
         self._stop_dependents(name, now)
         return None

@@ -1,0 +1,5 @@
+"""A library that takes its time."""
+
+import threading
+
+threading.Event().wait(20.0)
