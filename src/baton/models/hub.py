@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -12,6 +15,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils.tqdm import tqdm
 
 from baton.models.progress import Progress
 from baton.models.source import SourceFailed, missing
@@ -30,8 +34,8 @@ class HubSource:
         self._endpoint = endpoint
 
     def fetch(self, into: Path, progress: Progress) -> None:
-        progress.stage(f"download {self._hub_id} from the Hub")
-        download(self._hub_id, weights=True, into=into, endpoint=self._endpoint)
+        download(self._hub_id, True, progress, into=into, endpoint=self._endpoint)
+        shutil.rmtree(into / ".cache", ignore_errors=True)  # the Hub library's book-keeping
 
 
 def cached(hub_id: str, weights: bool) -> Path | None:
@@ -43,12 +47,20 @@ def cached(hub_id: str, weights: bool) -> Path | None:
     return None if missing(path, weights) else path
 
 
-def download(hub_id: str, weights: bool, into: Path | None = None, endpoint: str | None = None) -> Path:
-    """Raises `SourceFailed` with the reason in one sentence."""
+def download(
+    hub_id: str, weights: bool, progress: Progress, *, into: Path | None = None, endpoint: str | None = None
+) -> Path:
+    """Into `into`, or the Hub library's cache. Raises `SourceFailed` with the reason in one sentence."""
+    progress.stage(f"download {hub_id} from the Hub")
     patterns = CONFIG_FILES + (WEIGHT_FILES if weights else [])
     try:
         path = snapshot_download(
-            hub_id, allow_patterns=patterns, local_dir=into, etag_timeout=REACH_SECONDS, endpoint=endpoint
+            hub_id,
+            allow_patterns=patterns,
+            local_dir=into,
+            etag_timeout=REACH_SECONDS,
+            endpoint=endpoint,
+            tqdm_class=_forwarding_to(progress),
         )
     except GatedRepoError as error:
         raise SourceFailed("access is gated: accept its terms on the Hub and set HF_TOKEN") from error
@@ -64,6 +76,26 @@ def download(hub_id: str, weights: bool, into: Path | None = None, endpoint: str
     if lack:
         raise SourceFailed(f"the download is incomplete or the model is not in safetensors format: {lack}")
     return Path(path)
+
+
+def _forwarding_to(progress: Progress) -> type[tqdm]:
+    """A tqdm bar that draws nothing and reports the bytes it is told."""
+    lock = threading.Lock()
+
+    class Forward(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            self._counts_bytes = options.get("unit") == "B"
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            with lock:
+                self.n += n or 0
+            if self._counts_bytes:
+                progress.reached(int(self.n), int(self.total) if self.total else None)
+            return None
+
+    return Forward
 
 
 def _root(error: BaseException) -> BaseException:

@@ -15,8 +15,9 @@ class Progress(Protocol):
         """A new stage begins; `total` bytes of work, None if unknown."""
         ...
 
-    def reached(self, done: int) -> None:
-        """`done` bytes of the current stage are there (absolute, so that a repeated report does no harm)."""
+    def reached(self, done: int, total: int | None = None) -> None:
+        """`done` bytes of the current stage are there (absolute, so that a repeated report does no harm); `total`
+        where it becomes known only now."""
         ...
 
     def note(self, text: str) -> None:
@@ -30,7 +31,7 @@ class NoProgress:
     def stage(self, title: str, total: int | None = None) -> None:
         pass
 
-    def reached(self, done: int) -> None:
+    def reached(self, done: int, total: int | None = None) -> None:
         pass
 
     def note(self, text: str) -> None:
@@ -66,9 +67,9 @@ class RichProgress:
             self._console.print(title, highlight=False)
         self._task = self._bars.add_task(title, total=total)
 
-    def reached(self, done: int) -> None:
+    def reached(self, done: int, total: int | None = None) -> None:
         if self._task is not None:
-            self._bars.update(self._task, completed=done)
+            self._bars.update(self._task, completed=done, total=total)
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)

@@ -71,9 +71,8 @@ def _from_hub(hub_id: str, weights: bool, progress: Progress) -> Path:
     path = hub.cached(hub_id, weights)
     if path is not None:
         return path
-    progress.stage(f"download {hub_id} from the Hub")
     try:
-        return hub.download(hub_id, weights)
+        return hub.download(hub_id, weights, progress)
     except SourceFailed as error:
         raise PullFailed(
             f"could not get {hub_id} from the Hub: {error}. "
