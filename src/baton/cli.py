@@ -18,7 +18,7 @@ import click
 from baton import __version__
 from baton.base.config import DisaggConfig, EngineConfig, GatewayConfig, WorkerConfig
 from baton.base.errors import BatonError, ConfigError
-from baton.options import Command, Option, build, config_options
+from baton.options import Command, Option, build, config_options, default_of
 from baton.sglang_flags import NEGATIVES, ROUTER_SWITCHES, ignored, join_urls, translate
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "auto_envvar_prefix": "BATON"}
@@ -86,7 +86,7 @@ def cli() -> None:
     "native:d2t1p1 are two undivided ones",
 )  # fmt: skip
 @click.option(
-    "--worker-port", default=30000, show_default=True, cls=Option, section="Stack",
+    "--worker-port", default=default_of(WorkerConfig, "port"), show_default=True, cls=Option, section="Stack",
     help="workers listen on free ports from here upwards",
 )  # fmt: skip
 @config_options(GatewayConfig, "Gateway", skip=("worker_api_key",))
@@ -109,8 +109,8 @@ def serve(model_name: str | None, backend: str, worker_port: int, **values: Any)
     begun = time.monotonic()
     allocation = parse(backend)
     engine, directory, served = _model(model_name, values)
-    gateway = dataclasses.replace(build(GatewayConfig, values), worker_api_key=values["api_key"])
-    require_free(gateway.host, gateway.port)
+    port = require_free(values["host"], values["port"])
+    gateway = dataclasses.replace(build(GatewayConfig, values), port=port, worker_api_key=values["api_key"])
     front = dataclasses.replace(
         build(WorkerConfig, values), host="127.0.0.1", port=worker_port, served_model_name=served
     )
@@ -141,11 +141,12 @@ def worker(**values: Any) -> int:
 
     begun = time.monotonic()
     engine, directory, served = _model(None, values)
-    front = dataclasses.replace(build(WorkerConfig, values), served_model_name=served)
+    port = require_free(values["host"], values["port"])
+    front = dataclasses.replace(build(WorkerConfig, values), port=port, served_model_name=served)
     disagg = build(DisaggConfig, values)
-    require_free(front.host, front.port)
     if disagg.mode == "prefill":
-        require_free(disagg.bootstrap_host, disagg.bootstrap_port, "--disaggregation-bootstrap-port")
+        room = require_free(disagg.bootstrap_host, disagg.bootstrap_port, "--disaggregation-bootstrap-port")
+        disagg = dataclasses.replace(disagg, bootstrap_port=room)
     name = "worker" if disagg.mode == "null" else disagg.mode
     one = stack.Worker(name, front, engine, disagg)
 
@@ -199,7 +200,7 @@ def gateway(
 
 
 @cli.command(cls=Command)
-@click.argument("model_name", metavar="[MODEL]", default=EngineConfig.__dataclass_fields__["model"].default)
+@click.argument("model_name", metavar="[MODEL]", default=default_of(EngineConfig, "model"))
 @reporting
 def pull(model_name: str) -> int:
     """Get a model into the cache, and print where it is."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -66,9 +66,9 @@ def build(config: Callable[..., Config], values: dict[str, Any]) -> Config:
     return config(**{name: value for name, value in values.items() if name in names})
 
 
-def names_of(commands: Iterable[click.Command]) -> set[str]:
-    """All spellings of all options."""
-    return {spelling for command in commands for param in command.params for spelling in param.opts}
+def default_of(config: type, name: str) -> Any:
+    """The default of a field, for options that are not made from it."""
+    return next(field.default for field in dataclasses.fields(config) if field.name == name)
 
 
 def _option(

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from baton.base.errors import ConfigError
 
+FIRST_DYNAMIC = 20000
+"""Where the search for any port begins: above what services use, below what the kernel gives to clients."""
+
 
 def available_cores() -> list[int]:
     """Cores this process may use."""
@@ -52,8 +55,10 @@ def is_free(host: str, port: int) -> bool:
 
 
 def require_free(host: str, port: int, option: str = "--port") -> int:
-    """`port`, or a `ConfigError` if it is taken."""
-    if port and not is_free(host, port):
+    """`port`, or a `ConfigError` if it is taken. 0: one that is free now."""
+    if port == 0:
+        return next(free_ports(host, FIRST_DYNAMIC))
+    if not is_free(host, port):
         raise ConfigError(f"port {port} on {host} is taken by another process; choose another with {option}")
     return port
 

@@ -58,14 +58,14 @@ def plan_workers(
 ) -> list[Worker]:
     """The workers an allocation asks for, with their shares of cores and GPUs and ports that are free now.
 
-    `front.port` and `disagg.bootstrap_port` are where the search for ports begins. Raises `ConfigError` for what
-    this version cannot launch.
+    `front.port` and `disagg.bootstrap_port` are where the search for ports begins (0: the usual place). Raises
+    `ConfigError` for what this version cannot launch.
     """
     roles = _roles(allocation)
     cores = assign_cores(len(roles), machine.cores)
     engines = _on_gpus(engine, len(roles), machine.gpus) if engine.device != "cpu" else [engine] * len(roles)
-    ports = free_ports(front.host, front.port)
-    rooms = free_ports(disagg.bootstrap_host, disagg.bootstrap_port)
+    ports = free_ports(front.host, front.port or FIRST_WORKER_PORT)
+    rooms = free_ports(disagg.bootstrap_host, disagg.bootstrap_port or FIRST_BOOTSTRAP_PORT)
     workers = []
     for index, (name, mode) in enumerate(roles):
         own = dataclasses.replace(
