@@ -36,6 +36,11 @@ class PagePool:
         """Free pages that still hold a prefix."""
         return sum(1 for page in self._hash_of if self._users[page] == 0)
 
+    @property
+    def users(self) -> int:
+        """Uses of all pages; a shared page counts for each of its users."""
+        return sum(self._users)
+
     def take(self, count: int) -> list[int]:
         """`count` pages with one user each, their old content forgotten. Raises `OutOfPages`."""
         if count > len(self._free):

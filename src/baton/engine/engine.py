@@ -16,7 +16,8 @@ class Engine:
     """One model, one KV pool, one thread.
 
     `handle` takes what the front says, `step` computes; both return what the front should hear. `busy` says whether
-    another `step` has something to compute now.
+    another `step` has something to compute now: not when all that waits waits for pages that hand-offs hold. Then only
+    a message, a hand-off (`role.poll`) or a deadline changes anything, and the loop may sleep until one of them comes.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, role: Role, clock: Clock) -> None:
@@ -63,11 +64,11 @@ class Engine:
         """When `step` or `expire` must be called even if no message comes (Clock time); None: no such time."""
         deadlines = [s.deadline for s in self.scheduler if s.deadline is not None]
         role = self.role.next_deadline()
-        return min(deadlines + [role] if role is not None else deadlines, default=None)
+        return min([*deadlines, role] if role is not None else deadlines, default=None)
 
     def audit(self) -> None:
         """Cheap enough for every time the engine falls idle: do the pages add up? Raises AssertionError."""
-        self.scheduler.check(self.role.handoffs.open)
+        self.scheduler.check(self.role.handoffs.open + self.role.handoffs.quarantined_pages)
 
     def load(self, id: str = "") -> Load:
         scheduler, pool, handoffs, counters = self.scheduler, self.scheduler.pool, self.role.handoffs, self._counters

@@ -23,6 +23,8 @@ class Committer:
     def computed(self, piece: Slice, result: Sampled) -> None:
         """The slice's KV is in its pages."""
         sequence = piece.sequence
+        held = len(sequence.pages) * self.scheduler.page_size
+        assert held >= piece.start + piece.count, f"{sequence!r} left between step and commit"
         self.scheduler.advance(piece)
         sequence.prompt_logprobs += result.prompt_logprobs
         if not sequence.stamps.prefilled and sequence.computed_len >= sequence.prompt_len:

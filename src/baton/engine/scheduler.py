@@ -1,8 +1,9 @@
 """Who computes what in the next step: continuous batching, chunked prefill, preemption by recompute.
 
-Every step computes one token of each decoding sequence and, oldest first, chunks of prompts up to a budget of
-tokens. When pages run out, the youngest running sequence loses its pages and goes
-back to the head of the queue; its tokens stay, so that recomputing them continues the same answer.
+Sequences rank by priority (higher first), then by arrival (older first). Every step computes one token of each
+decoding sequence and, in that order, chunks of prompts up to a budget of tokens. When pages run out, the last running
+sequence in rank loses its pages and goes back to the queue; its tokens stay, so that recomputing them
+continues the same answer. So whoever is first in rank moves on at every step, and nobody of equal priority starves.
 
     add ──▶ waiting ──(pages)──▶ running ──▶ finished: release
                ▲                    │
@@ -15,7 +16,7 @@ No I/O, no torch, no time: decisions only.
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator
 
 from baton.base.blockhash import chain, root
@@ -23,6 +24,11 @@ from baton.base.errors import BadRequest, Overloaded
 from baton.engine.blocks import PagePool
 from baton.engine.sequence import Sequence
 from baton.engine.sockets import Slice
+
+
+def rank(sequence: Sequence) -> tuple[int, int]:
+    """What the queue and the running list are sorted by."""
+    return -sequence.priority, sequence.arrival
 
 
 class Scheduler:
@@ -46,9 +52,11 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.prefix_caching = prefix_caching
         self.namespace = namespace
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.retractions = 0
+        self._arrivals = 0
+        self._flushes = 0
 
     # --- coming in -----------------------------------------------------------------------------------------
 
@@ -73,22 +81,27 @@ class Scheduler:
         self.admit(sequence)
         if len(self.waiting) >= self.max_waiting:
             raise Overloaded(f"{len(self.waiting)} requests are waiting already (max-queued-requests)")
-        self.waiting.append(sequence)
+        self._number(sequence)
+        insort(self.waiting, sequence, key=rank)
 
     def reserve(self, sequence: Sequence) -> bool:
         """Pages for the whole prompt, for a prefill that happens elsewhere; the caller owns them (`release`).
 
         A known prefix is shared: `cached_len` and `computed_len` say how much (at most all but the last token).
-        False if there are not enough pages now, with nothing taken.
+        False if there are not enough pages now, with nothing taken; what was preempted here comes first.
         """
+        self._number(sequence)
+        if any(waiting.retractions for waiting in self.waiting):
+            return False
         return self._take_pages(sequence, sequence.prompt_len)
 
     def adopt(self, sequence: Sequence) -> None:
         """A reserved sequence whose prompt has arrived (computed_len == prompt_len) and whose first token is
         appended: it decodes from the next step on."""
         assert sequence.computed_len == sequence.prompt_len < sequence.total_len
+        self._number(sequence)
         self._publish(sequence)
-        self.running.append(sequence)
+        insort(self.running, sequence, key=rank)
 
     # --- one step ------------------------------------------------------------------------------------------
 
@@ -98,16 +111,17 @@ class Scheduler:
         before = self.retractions
         batch: list[Slice] = []
         for sequence in list(self.running):
-            if budget > 0 and sequence in self.running:  # else preempted by an older one in this very loop
+            if sequence in self.running:  # else preempted in this very loop, by one before it
                 budget -= self._schedule(sequence, budget, batch)
         if self.retractions != before:  # pages are short: what was preempted waits for at least one step
             return [piece for piece in batch if piece.sequence in self.running]
         while budget > 0 and self.waiting and len(self.running) < self.max_running:
             sequence = self.waiting[0]
-            if not self._take_pages(sequence, budget):
+            # What was preempted before comes back when all of its tokens fit: part of them would be lost again.
+            if not self._take_pages(sequence, sequence.total_len if sequence.retractions else budget):
                 break
-            self.waiting.popleft()
-            self.running.append(sequence)
+            del self.waiting[0]
+            insort(self.running, sequence, key=rank)
             budget -= self._schedule(sequence, budget, batch)
         return batch
 
@@ -146,32 +160,43 @@ class Scheduler:
         return sum(s.pending_len for s in self if s.pending_len > 1)
 
     def flush(self) -> int:
+        """Empty the prefix index, and keep out of it what is computed on pages taken before now (KV of old weights).
+        Returns how many prefixes were dropped."""
+        self._flushes += 1
         return self.pool.forget_all()
 
     def check(self, elsewhere: int = 0) -> None:
-        """The audit: all pages are accounted for; `elsewhere` is how many page uses roles hold. Cheap enough to run
-        whenever the engine falls idle."""
+        """The audit: all pages are accounted for, exactly if roles hold none (`elsewhere` says how many sequences or
+        pages they have). Cheap enough to run whenever the engine falls idle."""
         self.pool.check()
-        if not self.running and not self.waiting and not elsewhere:
-            assert self.pool.free == self.pool.total, f"idle, but {self.pool!r}"
+        assert not any(sequence.pages for sequence in self.waiting), "a waiting sequence has pages"
+        if not elsewhere:
+            held = sum(len(sequence.pages) for sequence in self.running)
+            assert self.pool.users == held, f"{held} page uses in running sequences, but {self.pool!r}"
 
     # --- inside --------------------------------------------------------------------------------------------
 
+    def _number(self, sequence: Sequence) -> None:
+        if not sequence.arrival:
+            self._arrivals += 1
+            sequence.arrival = self._arrivals
+
     def _schedule(self, sequence: Sequence, budget: int, batch: list[Slice]) -> int:
-        """Append the sequence's next slice to the batch. Returns what it costs of the budget: decode steps are
-        free, so that a full batch never starves prefill, nor a long prompt the decodes."""
-        count = min(budget, sequence.pending_len)
-        if not self._grow(sequence, sequence.computed_len + count):
+        """Append the sequence's next slice to the batch, if there is budget for one. Returns what it costs: decode
+        steps are free and need none, so that a full batch never starves prefill, nor a long prompt the decodes."""
+        decodes = sequence.output_len > 0 and sequence.pending_len == 1
+        count = 1 if decodes else min(budget, sequence.pending_len)
+        if not count or not self._grow(sequence, sequence.computed_len + count):
             return 0
         end = sequence.computed_len + count
         batch.append(Slice(sequence, sequence.computed_len, count, end == sequence.total_len))
-        return count if count > 1 or not sequence.output_len else 0
+        return 0 if decodes else count
 
     def _grow(self, sequence: Sequence, length: int) -> bool:
-        """Pages for the first `length` tokens; preempts younger sequences, in the end this one (then False)."""
+        """Pages for the first `length` tokens; preempts those after it in rank, in the end itself (then False)."""
         missing = -(-length // self.page_size) - len(sequence.pages)
         while missing > self.pool.free:
-            victim = self.running[-1]  # the youngest
+            victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -183,9 +208,10 @@ class Scheduler:
         self.running.remove(sequence)
         self.release(sequence)
         sequence.computed_len = sequence.cached_len = sequence.published = 0
+        sequence.prompt_logprobs.clear()  # they are computed again, or were told with the first token
         sequence.retractions += 1
         self.retractions += 1
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=rank)
 
     def _match(self, sequence: Sequence) -> list[int]:
         """Pages of the longest known prefix; the last token is always computed, to have its logits."""
@@ -195,22 +221,26 @@ class Scheduler:
         return self.pool.match(sequence.hashes[: (sequence.total_len - 1) // self.page_size])
 
     def _take_pages(self, sequence: Sequence, budget: int) -> bool:
-        """Start a sequence: share its known prefix, take new pages for up to `budget` tokens more. All or nothing."""
+        """Start a sequence: share its known prefix, take new pages for up to `budget` tokens more. All or nothing.
+
+        One page for each running sequence stays free: admitted with the last pages, this one would lose them at once.
+        """
         hit = self._match(sequence)
         cached_len = len(hit) * self.page_size
         missing = -(-min(sequence.total_len, cached_len + budget) // self.page_size) - len(hit)
-        if missing > self.pool.free - self.pool.idle(hit):
+        if missing + len(self.running) > self.pool.free - self.pool.idle(hit):
             return False
         self.pool.share(hit)
         sequence.pages = hit + self.pool.take(missing)
         sequence.published = len(hit)
+        sequence.flushes = self._flushes
         sequence.cached_len = sequence.computed_len = cached_len
         if not sequence.retractions:
             sequence.usage_cached_len = cached_len
         return True
 
     def _publish(self, sequence: Sequence) -> None:
-        if not self.prefix_caching:
+        if not self.prefix_caching or sequence.flushes != self._flushes:
             return
         full = sequence.computed_len // self.page_size
         self._hash(sequence, full)

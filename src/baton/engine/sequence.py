@@ -44,12 +44,16 @@ class Sequence:
     priority: int = 0
     salt: str = ""
     deadline: float | None = None
+    arrival: int = 0
+    """The scheduler's number for it, from 1: the older of two is the one with the smaller number."""
     pages: list[int] = field(default_factory=list)
     """Owned by the scheduler while the sequence is in it, by whoever detached it afterwards."""
     hashes: list[BlockHash] = field(default_factory=list)
     """Of the first full pages of `tokens`, as far as they were needed."""
     published: int = 0
     """How many of `pages` are in the prefix index."""
+    flushes: int = 0
+    """How many flushes the prefix index had seen when `pages` were taken; after another one they stay out of it."""
     cached_len: int = 0
     computed_len: int = 0
     usage_cached_len: int = 0

@@ -33,8 +33,8 @@ class Sampled:
     logprob: TokenLogprob | None = None
     """Its logprob, if `sampling.logprobs` is set."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the *prompt tokens* at positions max(start, 1) .. start + count - 1 + (1 if more prompt follows), that is
-    of every prompt token whose predecessor was computed in this slice; only if `sampling.prompt_logprobs` is set."""
+    """Of the *prompt tokens* at positions start + 1 .. start + count, that is of every prompt token whose predecessor
+    was computed in this slice; only if `sampling.prompt_logprobs` is set."""
 
 
 class Runner(Protocol):
