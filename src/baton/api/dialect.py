@@ -18,11 +18,7 @@ MAX_RID = 256
 
 
 class Writer(Protocol):
-    """Turns one request's outputs into bytes: either `begin`, `delta`..., `end`, or one `body`."""
-
-    def begin(self, outputs: Sequence[Output]) -> bytes:
-        """Events that stand before the first token."""
-        ...
+    """Turns one request's outputs into bytes: either `delta`..., `end`, or one `body`."""
 
     def delta(self, output: Output, text: str) -> bytes:
         """Events for what an output has gained since the last call, its end included; may be empty."""

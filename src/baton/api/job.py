@@ -75,7 +75,7 @@ class Job:
     tickets: list[Ticket | None]
     stream: bool
     rids: list[str]
-    """One per prompt, where the client named them; else empty."""
+    """One per prompt."""
     default_tokens: int | None = None
     """Output tokens if the client named no number; None: as many as fit."""
     priority: int = 0

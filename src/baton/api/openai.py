@@ -129,9 +129,9 @@ class Completions:
         prompts = [prompt_of(p, context, "prompt", special=special) for p in _prompts(request.prompt)]
         if request.echo:
             prompts = [_with_text(prompt, context) for prompt in prompts]
-        job = _job(request, prompts, plan, context, COMPLETION_TOKENS)
-        options = _reply_options(request, plan)
         name = request_id(request.rid or request.request_id or rid, "cmpl-")
+        job = _job(request, name, prompts, plan, context, COMPLETION_TOKENS)
+        options = _reply_options(request, plan)
         return job, CompletionWriter(name, context, job, options, echo=bool(request.echo))
 
 
@@ -146,13 +146,18 @@ class Chat:
         context.check_model(request.model)
         plan = _chat_plan(request, context)
         prompt = prompt_of(_chat_text(request, context), context, "messages", special=bool(request.add_special_tokens))
-        job = _job(request, [prompt], plan, context, None)
         name = request_id(request.rid or request.request_id or rid, "chatcmpl-")
+        job = _job(request, name, [prompt], plan, context, None)
         return job, ChatWriter(name, context, job, _reply_options(request, plan))
 
 
 def _job(
-    request: CommonRequest, prompts: list[Prompt], plan: Plan, context: ModelContext, default_tokens: int | None
+    request: CommonRequest,
+    name: str,
+    prompts: list[Prompt],
+    plan: Plan,
+    context: ModelContext,
+    default_tokens: int | None,
 ) -> Job:
     count_sequences(len(prompts), plan.n)
     return Job(
@@ -160,7 +165,7 @@ def _job(
         plans=[plan] * len(prompts),
         tickets=tickets(request, len(prompts), plan.n, context),
         stream=bool(request.stream),
-        rids=[],
+        rids=[name] * len(prompts),
         default_tokens=default_tokens,
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",

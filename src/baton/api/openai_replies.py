@@ -180,20 +180,14 @@ class ChatWriter(_Base):
         ]
         self._plain = options.logprobs is None and not options.token_ids and not options.continuous_usage
 
-    def begin(self, outputs: Sequence[Output]) -> bytes:
-        role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        if self._options.token_ids:
-            role += b',"prompt_token_ids":' + _json(outputs[0].prompt.tokens)
-        return b"".join(self._frame(b'{"index":%d,' % o.index + role + b"}", o) for o in outputs)
-
     def delta(self, output: Output, text: str) -> bytes:
-        chunk = b""
+        chunk = b"" if output.opened else self._role(output)
         if self._plain:
             if text:
                 before, after = self._text_chunks[output.index]
-                chunk = before + _json(text) + after
+                chunk += before + _json(text) + after
         elif text or output.sent_tokens < len(output.tokens):
-            chunk = self._rich(output, text)
+            chunk += self._rich(output, text)
         return chunk + self._finish(output) if output.finish is not None else chunk
 
     def body(self, outputs: Sequence[Output]) -> bytes:
@@ -201,6 +195,15 @@ class ChatWriter(_Base):
         if self._options.token_ids:
             reply.prompt_token_ids = list(outputs[0].prompt.tokens)
         return _json(reply)
+
+    def _role(self, output: Output) -> bytes:
+        output.opened = True
+        choice = (
+            b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null' % output.index
+        )
+        if self._options.token_ids:
+            choice += b',"prompt_token_ids":' + _json(output.prompt.tokens)
+        return self._frame(choice + b"}", output)
 
     def _rich(self, output: Output, text: str) -> bytes:
         fresh = self._fresh(output)
@@ -255,25 +258,21 @@ class CompletionWriter(_Base):
         self._plain = options.logprobs is None and not options.token_ids and not options.continuous_usage
         self._offsets: dict[int, int] = {}
 
-    def begin(self, outputs: Sequence[Output]) -> bytes:
-        if not self._echo:
-            return b""
-        return b"".join(self._echoed(output) for output in outputs)
-
     def delta(self, output: Output, text: str) -> bytes:
-        chunk = b""
+        chunk = b"" if output.opened or not self._echo else self._echoed(output)
         if self._plain:
             if text:
-                chunk = self._head + b'{"index":%d,"text":' % output.index + _json(text) + self._after
+                chunk += self._head + b'{"index":%d,"text":' % output.index + _json(text) + self._after
         elif (text or output.sent_tokens < len(output.tokens)) and not output.plan.scored_only:
             fresh = self._fresh(output)
-            chunk = self._chunk(output, text, self._columns(output, output.logprobs[fresh]), output.tokens[fresh])
+            chunk += self._chunk(output, text, self._columns(output, output.logprobs[fresh]), output.tokens[fresh])
         return chunk + self._finish(output) if output.finish is not None else chunk
 
     def body(self, outputs: Sequence[Output]) -> bytes:
         return _json(self._reply([self._choice(output) for output in outputs], outputs))
 
     def _echoed(self, output: Output) -> bytes:
+        output.opened = True
         columns = None if self._options.logprobs is None else self._prompt_columns(output)
         return self._chunk(output, output.prompt.text or "", columns, [])
 

@@ -21,6 +21,7 @@ class Output:
         "logprobs",
         "matched",
         "message",
+        "opened",
         "parts",
         "plan",
         "prompt",
@@ -49,6 +50,8 @@ class Output:
         self.message = ""
         """Why it was aborted."""
         self.timeline: Timeline | None = None
+        self.opened = False
+        """A stream has shown its first event."""
         self.sent_tokens = 0
         """How many of `tokens` a stream has shown."""
         self._detokenizer = tokenizer.detokenizer(prompt.tokens, skip_special=plan.skip_special_tokens)
@@ -64,6 +67,9 @@ class Output:
     def usage(self) -> Usage:
         shown = 0 if self.plan.scored_only else len(self.tokens)
         return Usage(len(self.prompt.tokens), shown, self.cached_tokens, self.retractions)
+
+    def ended(self) -> bool:
+        return self.finish is not None
 
     @property
     def stopped_by_text(self) -> bool:

@@ -96,20 +96,12 @@ class GenerateWriter:
         self._started = self._clock.now()
         self._grown: dict[int, _Grown] = {}
 
-    def begin(self, outputs: Sequence[Output]) -> bytes:
-        now = self._clock.now()
-        for output in outputs:
-            meta = {"id": output.rid, "finish_reason": None, "prompt_tokens": len(output.prompt.tokens)}
-            meta |= {"weight_version": "default", "num_retractions": 0}
-            self._grown[output.index] = _Grown(_json(meta)[:-1], first_token=now)
-        return b""
-
     def delta(self, output: Output, text: str) -> bytes:
         fresh = output.tokens[output.sent_tokens :]
         if not fresh and not text and output.finish is None:
             return b""
         output.sent_tokens = len(output.tokens)
-        grown = self._grown[output.index]
+        grown = self._grown.get(output.index) or self._begin(output)
         if text:
             grown.text += _json(text)[1:-1]
         if fresh and not output.plan.scored_only:
@@ -137,6 +129,12 @@ class GenerateWriter:
     def body(self, outputs: Sequence[Output]) -> bytes:
         answers = [self._answer(output, streamed=False) for output in outputs]
         return _json(answers if self._batch else answers[0])
+
+    def _begin(self, output: Output) -> _Grown:
+        meta = {"id": output.rid, "finish_reason": None, "prompt_tokens": len(output.prompt.tokens)}
+        meta |= {"weight_version": "default", "num_retractions": 0}
+        grown = self._grown[output.index] = _Grown(_json(meta)[:-1], first_token=self._clock.now())
+        return grown
 
     def _answer(self, output: Output, *, streamed: bool) -> Answer:
         ids = [] if output.plan.scored_only else output.tokens

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import selectors
 import socket
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Callable, Iterable
+from typing import cast
 
-from baton.base.messages import Codec, Message, ToEngine, ToFront
+from baton.base.messages import Codec, CodecError, Message, ToEngine, ToFront
+
+log = logging.getLogger("baton.channel")
 
 HEADER = 4
 MAX_MESSAGE = 256 * 2**20
@@ -133,33 +137,60 @@ class EngineEnd:
         self._selector.modify(self._socket, wanted)
 
 
-class FrontEnd:
-    """The front's end of one connection to an engine."""
+class FrontEnd(asyncio.Protocol):
+    """The front's end of one connection to an engine. Messages are handed to `on_message` as they arrive, without a
+    task in between: this is the path of every token. `on_closed` is called once, when the engine is gone."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, on_message: Callable[[FrontEnd, ToFront], None], on_closed: Callable[[FrontEnd], None]) -> None:
+        self._on_message = on_message
+        self._on_closed = on_closed
         self._codec = Codec(ToFront)
+        self._incoming = bytearray()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        if peer_uid(transport.get_extra_info("socket")) != os.getuid():
+            log.error("somebody else's process wants to be our engine; refused")
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        buffer = self._incoming
+        buffer += data
+        start = 0
+        while len(buffer) - start >= HEADER:
+            size = int.from_bytes(buffer[start : start + HEADER], "little")
+            end = start + HEADER + size
+            if size > MAX_MESSAGE:
+                return self._refuse(f"a message of {size} bytes")
+            if len(buffer) < end:
+                break
+            try:
+                message = self._codec.decode(buffer[start + HEADER : end])
+            except CodecError as error:
+                return self._refuse(str(error))
+            self._on_message(self, message)
+            start = end
+        del buffer[:start]
+        return None
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._on_closed(self)
 
     def send(self, message: Message) -> None:
         """Queue a message (the engine reads at every step; the kernel and asyncio buffer meanwhile)."""
-        self._writer.write(_frame(self._codec.encode(message)))
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(_frame(self._codec.encode(message)))
 
-    async def messages(self) -> AsyncIterator[ToFront]:
-        """What the engine says, until it closes or dies."""
-        try:
-            while True:
-                size = int.from_bytes(await self._reader.readexactly(HEADER), "little")
-                if size > MAX_MESSAGE:
-                    return
-                yield self._codec.decode(await self._reader.readexactly(size))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
 
-    async def close(self) -> None:
-        self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+    def _refuse(self, reason: str) -> None:
+        log.error("the engine's channel is broken, closing it: %s", reason)
+        self._incoming.clear()
+        if self._transport is not None:
+            self._transport.abort()
 
 
 def peer_uid(connection: socket.socket) -> int:

@@ -1,0 +1,238 @@
+"""The front's process: HTTP and text on one side, the engine's channel on the other. Imports no torch.
+
+client ── HTTP ──▶ uvicorn ─ Starlette ─ routes ─ EngineClient ── Unix socket ──▶ engine
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from baton.api import openai, sglang
+from baton.api.chat import ChatTemplate
+from baton.api.dialect import error_body
+from baton.api.text import load_tokenizer
+from baton.base.clock import MonotonicClock
+from baton.base.config import DisaggConfig, EngineConfig, WorkerConfig
+from baton.base.errors import BadRequest, BatonError, ConfigError, NotFound, Unavailable
+from baton.worker.http import Guard
+from baton.worker.routes_generate import GenerateRoute
+from baton.worker.routes_info import InfoRoutes
+from baton.worker.state import FrontState
+
+log = logging.getLogger("baton.front")
+
+DRAIN = 8.0
+"""Seconds open requests may go on after SIGTERM."""
+KEEP_ALIVE = 120
+"""Seconds an idle connection stays open: longer than a gateway keeps one, so that it is not closed under a request."""
+STALL = 60.0
+"""Seconds a client may leave a full connection unread before its request is given up."""
+WATCH = 5.0
+"""Seconds between two looks for such clients."""
+
+Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def routes(state: FrontState) -> list[Route]:
+    """The hot ones first: Starlette looks from the top."""
+    info, key = InfoRoutes(state), state.worker.api_key
+
+    def route(paths: str, methods: list[str], handler: Handler, *, open: bool = False) -> Iterator[Route]:
+        guard = Guard("" if open else key, handler)
+        return (Route(path, guard, methods=methods) for path in paths.split())
+
+    post, get, both = ["POST"], ["GET"], ["GET", "POST"]
+    return [
+        *route("/v1/chat/completions", post, GenerateRoute(state, openai.Chat())),
+        *route("/generate", ["POST", "PUT"], GenerateRoute(state, sglang.Generate())),
+        *route("/v1/completions", post, GenerateRoute(state, openai.Completions())),
+        *route("/health /health_generate", get, info.health, open=True),
+        *route("/ready", get, info.ready, open=True),
+        *route("/metrics", get, info.metrics, open=True),
+        *route("/v1/loads", get, info.loads),
+        *route("/get_load", get, info.get_load),
+        *route("/v1/models", get, info.models),
+        *route("/v1/models/{id:path}", get, info.model),
+        *route("/model_info /get_model_info", get, info.model_info),
+        *route("/server_info /get_server_info", get, info.server_info),
+        *route("/flush_cache", both, info.flush_cache),
+        *route("/abort_request", post, info.abort_request),
+        *route("/tokenize /v1/tokenize", post, info.tokenize),
+        *route("/detokenize /v1/detokenize", post, info.detokenize),
+    ]
+
+
+def application(state: FrontState) -> Starlette:
+    return Starlette(routes=routes(state), exception_handlers={HTTPException: _not_ours})
+
+
+async def _not_ours(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods, in the shape of all other errors."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    kind: BatonError = NotFound(f"there is no {where} here")
+    if error.status_code == 405:
+        kind = BadRequest(f"{where} is not allowed; allowed: {(error.headers or {}).get('Allow', '')}")
+    return Response(error_body(kind), error.status_code, error.headers, "application/json")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling, telling when it listens."""
+
+    def __init__(self, config: uvicorn.Config, opened: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(config)
+        self._opened = opened
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        await self._opened()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Front:
+    """One front. `serve` runs until `stop`; then streams may finish for `drain` seconds."""
+
+    def __init__(
+        self,
+        worker: WorkerConfig,
+        model_dir: str,
+        channel: str,
+        disagg: DisaggConfig,
+        engine: EngineConfig | None = None,
+        *,
+        drain: float = DRAIN,
+    ) -> None:
+        tokenizer = load_tokenizer(model_dir)
+        chat = ChatTemplate.load(model_dir, tokenizer.special_tokens, worker.chat_template)
+        config = engine if engine is not None else EngineConfig(model=model_dir)
+        self.state = FrontState(worker, disagg, config, model_dir, tokenizer, chat, MonotonicClock())
+        self._channel = Path(channel)
+        self._drain = drain
+        self._engines: asyncio.AbstractServer | None = None
+        self._stops = 0
+        self._listening = asyncio.Event()
+        self._server = _Server(
+            uvicorn.Config(
+                application(self.state),
+                loop="none",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE,
+                timeout_graceful_shutdown=int(drain) + 1,
+            ),
+            self._open_channel,
+        )
+        self._socket: socket.socket | None = None
+
+    @property
+    def port(self) -> int:
+        """The port it listens on, also if the configuration said 0."""
+        assert self._socket is not None, "not serving"
+        return int(self._socket.getsockname()[1])
+
+    async def serve(self) -> None:
+        """Raises `ConfigError` if an address cannot be listened on."""
+        self._socket = _listen(self.state.worker.host, self.state.worker.port)
+        watch = asyncio.create_task(self._cut_stalled())
+        try:
+            await self._server.serve(sockets=[self._socket])
+        finally:
+            watch.cancel()
+            self.state.client.close(Unavailable("the worker is shutting down"))
+            if self._engines is not None:
+                self._engines.close()
+            self._channel.unlink(missing_ok=True)
+            self._socket.close()
+
+    async def listening(self) -> None:
+        """Returns when both HTTP and the engine's channel are open."""
+        await self._listening.wait()
+
+    def stop(self) -> None:
+        """Take no more, finish what is open; a second call does not wait."""
+        self._stops += 1
+        self.state.draining = True
+        self._server.should_exit = True
+        patience = self._drain if self._stops == 1 else 0.0
+        reason = Unavailable("the worker is shutting down")
+        asyncio.get_running_loop().call_later(patience, self.state.client.fail_all, reason)
+
+    async def _open_channel(self) -> None:
+        self._channel.unlink(missing_ok=True)
+        loop = asyncio.get_running_loop()
+        try:
+            self._engines = await loop.create_unix_server(self.state.client.connection, str(self._channel))
+            os.chmod(self._channel, 0o600)
+        except OSError as error:
+            raise ConfigError(f"the engine's channel {self._channel} cannot be opened: {error}") from error
+        self._listening.set()
+
+    async def _cut_stalled(self) -> None:
+        """Clients that do not read: their requests end, so that the engine's pages are free again."""
+        while True:
+            await asyncio.sleep(WATCH)
+            now = self.state.clock.now()
+            for exchange in list(self.state.exchanges):
+                if exchange.sending_since and now - exchange.sending_since > STALL and exchange.task is not None:
+                    log.warning("a client has not read for %g s; its request is given up", STALL)
+                    exchange.task.cancel()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.setblocking(False)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    return listener
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's where there is one (not on Windows)."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+def run(
+    worker: WorkerConfig, model_dir: str, channel: str, disagg: DisaggConfig, engine: EngineConfig | None = None
+) -> None:
+    """Entry point of the process. Returns after SIGTERM or SIGINT, when open requests are done (or cut)."""
+    logging.basicConfig(level=worker.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
+
+    async def main() -> None:
+        front = Front(worker, model_dir, channel, disagg, engine)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, front.stop)
+        await front.serve()
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(main())
