@@ -1,0 +1,122 @@
+"""The wall between the server and the gateway: what a request is, and how it is answered.
+
+Behind it nothing knows ASGI. A server protocol of our own would implement `Answer` and make `Inbound`s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from baton.base.errors import TooLarge
+from baton.router.dispatch import ClientGone
+from baton.router.upstream import Header
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Inbound:
+    """A request whose body has arrived."""
+
+    path: str
+    target: str
+    """Path and query as they came, for passing on."""
+    headers: Sequence[Header]
+    body: bytes
+
+
+class Answer(Protocol):
+    """How a request is answered: `start` once, then `write` until one says `more=False`. Both wait while the client
+    reads too slowly, and neither fails when it has left."""
+
+    status: int
+    """As started; 0 before."""
+
+    async def start(self, status: int, headers: list[Header]) -> None: ...
+
+    async def write(self, data: bytes, *, more: bool) -> None: ...
+
+    def abort(self) -> None:
+        """Give up in the middle: the client must not take what it has for the whole."""
+        ...
+
+
+class AsgiAnswer:
+    """An `Answer` through an ASGI server."""
+
+    __slots__ = ("_aborted", "_send", "status")
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._aborted = False
+        self.status = 0
+
+    async def start(self, status: int, headers: list[Header]) -> None:
+        self.status = status
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def write(self, data: bytes, *, more: bool) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    def abort(self) -> None:
+        self._aborted = True
+
+    def check(self) -> None:
+        """Raises `Aborted`: an ASGI server closes the connection when its application fails."""
+        if self._aborted:
+            raise Aborted("the answer broke off; the connection is closed so that the client notices")
+
+
+class Aborted(Exception):
+    """Told to the ASGI server, nobody else."""
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The whole body. Raises `TooLarge`, or `ClientGone` if the client left before it was through."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and int(value) > limit:
+            raise _too_large(limit)
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if not message.get("more_body", False) and message["type"] == "http.request":
+        if len(body) > limit:
+            raise _too_large(limit)
+        return body
+    parts, size = [body], len(body)
+    while True:
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        if size > limit:
+            raise _too_large(limit)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+        message = await receive()
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+
+
+async def watch(receive: Receive, gone: Callable[[], None]) -> None:
+    """Waits for the client to leave; a task of its own beside the answer."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    gone()
+
+
+def target_of(scope: Scope) -> str:
+    """Path and query as the client wrote them."""
+    path: bytes = scope.get("raw_path") or scope["path"].encode()
+    query: bytes = scope["query_string"]
+    return (path + b"?" + query if query else path).decode("ascii")
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the request body is larger than {limit} bytes, which is what this gateway takes")
+
+
+def spawn_watch(loop: asyncio.AbstractEventLoop, receive: Receive, gone: Callable[[], None]) -> asyncio.Task[None]:
+    return loop.create_task(watch(receive, gone))

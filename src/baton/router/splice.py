@@ -1,0 +1,201 @@
+"""Bodies as bytes: read what routing needs in one cheap pass, write the P/D fields between the last value and the `}`.
+
+The rest of the body is never decoded and never re-encoded, so every field the gateway does not know reaches the worker
+as the client wrote it. Only a client that sends P/D fields itself costs more: these are taken out first (all
+occurrences, in any spelling of the key), because a body with two `bootstrap_room` means different things to
+different parsers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from baton.base.errors import BadRequest
+
+Kind = Literal["generate", "completions", "other"]
+"""What the fields mean: `/generate`, `/v1/completions`, or any body whose only multiplicity is `n`."""
+Merge = Literal["", "generate", "completions"]
+
+MAX_SAMPLES = 1024
+_UNSET = msgspec.UNSET
+_Raw = msgspec.Raw | msgspec.UnsetType
+
+RENDEZVOUS = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
+
+
+class _Fields(msgspec.Struct):
+    stream: Any = False
+    n: Any = 1
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    echo: Any = None
+    logprobs: Any = None
+    return_logprob: Any = None
+    prompt: _Raw = _UNSET
+    text: _Raw = _UNSET
+    input_ids: _Raw = _UNSET
+    input_embeds: _Raw = _UNSET
+    sampling_params: _Raw = _UNSET
+    bootstrap_host: _Raw = _UNSET
+    bootstrap_port: _Raw = _UNSET
+    bootstrap_room: _Raw = _UNSET
+    routed_dp_rank: _Raw = _UNSET
+    disagg_prefill_dp_rank: _Raw = _UNSET
+
+
+class _Sampling(msgspec.Struct):
+    n: Any = 1
+    max_new_tokens: Any = None
+
+
+_FIELDS = msgspec.json.Decoder(_Fields)
+_SAMPLING = msgspec.json.Decoder(_Sampling | list[_Sampling])
+_ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
+_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_OPENING = re.compile(rb"[\s\[]*\"?")
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A request body and what was read from it."""
+
+    raw: bytes
+    stream: bool
+    samples: int | None
+    """None: one sequence (scalar fields). Else the number of sequences, batch x n, in sample-major order."""
+    prompt_tokens: int
+    """Estimate: a token is about four bytes."""
+    max_tokens: int
+    """Tokens that may be generated, over all sequences; an estimate where the client said nothing."""
+    merge: Merge
+    """The client asked for prompt logprobs, which only the prefill worker has."""
+    rendezvous: bool
+    """The client wrote P/D fields of its own, which are replaced."""
+    ranks: bool
+    """The client chose data-parallel ranks."""
+
+
+def read(raw: bytes, kind: Kind) -> Body:
+    """Raises `BadRequest` if `raw` is not a JSON object, or asks for more than `MAX_SAMPLES` sequences."""
+    try:
+        fields = _FIELDS.decode(raw)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"the request body must be a JSON object: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"the request body is not valid JSON: {error}") from error
+    except RecursionError:
+        raise BadRequest("the request body is not valid JSON: it is nested too deeply") from None
+    n, max_tokens = fields.n, fields.max_completion_tokens or fields.max_tokens
+    prompts: int | None = None
+    merge: Merge = ""
+    if kind == "generate":
+        n, max_tokens = _sampling(fields.sampling_params)
+        prompts = _batch(fields)
+        if fields.return_logprob not in (None, False):
+            merge = "generate"
+    elif kind == "completions":
+        prompts = _count(fields.prompt, 1)
+        if fields.echo is True and fields.logprobs not in (None, False):
+            merge = "completions"
+    n = n if type(n) is int and n > 1 else 1  # anything else is the worker's to refuse
+    samples = None if prompts is None and n == 1 else (prompts or 1) * n
+    if samples is not None and samples > MAX_SAMPLES:
+        raise BadRequest(f"{samples} sequences in one request; at most {MAX_SAMPLES} are allowed", param="n")
+    if type(max_tokens) is not int or not 0 < max_tokens < 1 << 24:
+        max_tokens = 128
+    return Body(
+        raw=raw,
+        stream=fields.stream is True,
+        samples=samples,
+        prompt_tokens=len(raw) // 4 + 1,
+        max_tokens=max_tokens * (samples or 1),
+        merge=merge,
+        rendezvous=any(getattr(fields, name) is not _UNSET for name in RENDEZVOUS),
+        ranks=fields.routed_dp_rank is not _UNSET or fields.disagg_prefill_dp_rank is not _UNSET,
+    )
+
+
+def pair(body: Body, host: str, port: int | None, rooms: Sequence[int]) -> tuple[bytes, bytes]:
+    """The bodies for the prefill and the decode worker. One room: scalar fields; more: lists, one item per sequence
+    (`rooms` has `body.samples` items, or one if that is None)."""
+    fields = _rendezvous(host, port, rooms, listed=body.samples is not None)
+    if not (body.rendezvous or body.ranks):
+        both = append(body.raw, fields)
+        return both, both
+    members = _OBJECT.decode(body.raw)
+    for name in RENDEZVOUS:
+        members.pop(name, None)
+    decode = append(msgspec.json.encode(members), fields)
+    if "disagg_prefill_dp_rank" in members:  # decode's name for the rank that the prefill worker calls its own
+        members["routed_dp_rank"] = members.pop("disagg_prefill_dp_rank")
+        return append(msgspec.json.encode(members), fields), decode
+    return decode, decode
+
+
+def single(body: Body) -> bytes:
+    """The body for a worker that does everything: without the P/D fields, which would make it wait for a peer."""
+    if not body.rendezvous:
+        return body.raw
+    members = _OBJECT.decode(body.raw)
+    for name in RENDEZVOUS:
+        members.pop(name, None)
+    return msgspec.json.encode(members)
+
+
+def append(raw: bytes, fields: bytes) -> bytes:
+    """`{"a": 1}` and `"b":2` to `{"a": 1,"b":2}`; `raw` is a valid JSON object."""
+    end = raw.rindex(b"}")
+    before = raw[:end].rstrip(b" \t\r\n")
+    return b"".join((before, b"" if before.endswith(b"{") else b",", fields, b"}"))
+
+
+def _rendezvous(host: str, port: int | None, rooms: Sequence[int], *, listed: bool) -> bytes:
+    name, number = msgspec.json.encode(host), b"null" if port is None else b"%d" % port
+    if not listed:
+        return b'"bootstrap_host":%b,"bootstrap_port":%b,"bootstrap_room":%d' % (name, number, rooms[0])
+    count = len(rooms)
+    return b'"bootstrap_host":[%b],"bootstrap_port":[%b],"bootstrap_room":[%b]' % (
+        b",".join([name] * count),
+        b",".join([number] * count),
+        b",".join([b"%d" % room for room in rooms]),
+    )
+
+
+def _sampling(raw: _Raw) -> tuple[Any, Any]:
+    """(n, max_new_tokens) of `/generate`; in a list of parameters the first one counts, as in the worker."""
+    if raw is _UNSET:
+        return 1, None
+    try:
+        sampling = _SAMPLING.decode(raw)
+    except msgspec.MsgspecError:
+        return 1, None  # the worker says what is wrong
+    if isinstance(sampling, list):
+        if not sampling:
+            return 1, None
+        sampling = sampling[0]
+    return sampling.n, sampling.max_new_tokens
+
+
+def _batch(fields: _Fields) -> int | None:
+    if fields.text is not _UNSET and bytes(fields.text) != b"null":
+        return _count(fields.text, 1)
+    if fields.input_ids is not _UNSET and bytes(fields.input_ids) != b"null":
+        return _count(fields.input_ids, 1)
+    return _count(fields.input_embeds, 2)
+
+
+def _count(raw: _Raw, depth: int) -> int | None:
+    """How many prompts: None if it is one prompt. A prompt is a string or a list of numbers, nested `depth` deep."""
+    if raw is _UNSET:
+        return None
+    view = memoryview(raw)
+    match = _OPENING.match(view)
+    opening = bytes(match[0]) if match else b""
+    brackets = opening.count(b"[")
+    batch = brackets > depth or (brackets == 1 and opening.endswith(b'"'))
+    return len(_ITEMS.decode(raw)) if batch else None

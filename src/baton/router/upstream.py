@@ -1,0 +1,509 @@
+"""A lean pooled HTTP/1.1 client: requests are bytes, replies are bytes, nothing is a task once a connection stands.
+
+    Pool (one worker) ── call(request) ──▶ Call ◀── Connection (socket + parser) fills it in, then calls `notify`
+
+A `Call` is owned by whoever made it and ends in exactly one of: `complete`, `failure`, or `cancel()`. Cancelling closes
+the connection, which is how a worker learns that nobody waits any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import ssl
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from baton.base.errors import ConfigError
+
+Header = tuple[bytes, bytes]
+"""(lower-case name, value)"""
+
+HIGH_WATER = 1 << 20
+"""Bytes a call holds before its connection stops reading."""
+MAX_HEAD = 64 * 1024
+IDLE_SECONDS = 55.0
+"""Idle connections are closed after this; the worker usually does it earlier, which is seen at once."""
+
+
+class Fault(enum.Enum):
+    """Why a call ended without a reply."""
+
+    REFUSED = "refused"
+    """No connection: the request was never sent."""
+    STALE = "stale"
+    """A kept-alive connection was closed before the first byte of a reply: most likely it had been idle too long."""
+    RESET = "reset"
+    """The connection was lost before the reply was complete."""
+    GARBAGE = "garbage"
+    """What came back is not HTTP."""
+    CANCELLED = "cancelled"
+    """We closed it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    fault: Fault
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a worker listens."""
+
+    host: str
+    port: int
+    tls: bool
+
+    @classmethod
+    def parse(cls, url: str) -> Origin:
+        """Raises `ConfigError` for anything but http(s)://host[:port]."""
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            port = parts.port
+        except ValueError as error:
+            raise ConfigError(f"worker URL {url!r} is not valid: {error}") from error
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
+            raise ConfigError(f"worker URL {url!r} must look like http://host:port")
+        if any(ord(c) <= 32 or ord(c) > 126 for c in parts.netloc):
+            raise ConfigError(f"worker URL {url!r} has characters that no host name has")
+        tls = parts.scheme == "https"
+        return cls(parts.hostname, port or (443 if tls else 80), tls)
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.tls else 'http'}://{self.authority}"
+
+    @property
+    def authority(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+class Call:
+    """One request to one worker, and what has come back so far.
+
+    `notify` is called (in the event loop, never from inside `Pool.call`) after every piece of news: head, body bytes,
+    end, failure. It is not called after `cancel()`.
+    """
+
+    __slots__ = (
+        "_connecting",
+        "_connection",
+        "_paused",
+        "chunks",
+        "complete",
+        "failure",
+        "headers",
+        "held",
+        "last",
+        "notify",
+        "received",
+        "request",
+        "status",
+    )
+
+    def __init__(self, request: bytes, notify: Callable[[Call], None]) -> None:
+        self.request = request
+        self.notify = notify
+        self.status = 0
+        self.headers: list[Header] = []
+        self.chunks: list[bytes] = []
+        self.held = 0
+        """Bytes in `chunks`."""
+        self.received = 0
+        """Body bytes so far, taken or not."""
+        self.last = 0.0
+        """Loop time of the last byte that came."""
+        self.complete = False
+        self.failure: Failure | None = None
+        self._paused = False
+        self._connection: Connection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else self.failure.fault.value if self.failure else "open"
+        return f"<Call {self.status} {state}, {self.received} bytes>"
+
+    @property
+    def done(self) -> bool:
+        return self.complete or self.failure is not None
+
+    @property
+    def paused(self) -> bool:
+        """`HIGH_WATER` bytes are held; nothing more comes until somebody takes them."""
+        return self._paused
+
+    def take(self) -> bytes:
+        """The body bytes that came since the last time, b"" if none."""
+        chunks = self.chunks
+        if not chunks:
+            return b""
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        chunks.clear()
+        self.held = 0
+        if self._paused:
+            self._paused = False
+            if self._connection is not None:
+                self._connection.resume()
+        return data
+
+    def header(self, name: bytes) -> bytes | None:
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
+
+    def cancel(self) -> None:
+        """Close the connection if the reply is not complete. Idempotent."""
+        if self.done:
+            return
+        self.failure = Failure(Fault.CANCELLED, "cancelled")
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._connection is not None:
+            self._connection.drop()
+
+    # --- for Connection and Pool
+
+    def _bind(self, connection: Connection) -> None:
+        self._connection, self._connecting = connection, None
+
+    def _add(self, data: bytes) -> None:
+        self.chunks.append(data)
+        self.held += len(data)
+        self.received += len(data)
+
+    def _end(self, failure: Failure | None) -> None:
+        self._connection = self._connecting = None
+        if self.done:
+            return
+        if failure is None:
+            self.complete = True
+        else:
+            self.failure = failure
+
+
+class Connection(asyncio.Protocol):
+    """One socket to a worker with its parser; carries one call at a time."""
+
+    __slots__ = ("_call", "_delimited", "_head", "_parser", "_pool", "_spent", "_transport", "reused", "since")
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._parser = httptools.HttpResponseParser(self)
+        self._call: Call | None = None
+        self._transport = cast(asyncio.Transport, None)
+        self._spent = False
+        """Not to be used for another call."""
+        self._delimited = False
+        self._head = 0
+        self.reused = False
+        self.since = 0.0
+
+    def start(self, call: Call) -> None:
+        self._call = call
+        self._delimited = False
+        self._head = 0
+        call._bind(self)
+        self._transport.write(call.request)
+        call.request = b""
+
+    def alive(self) -> bool:
+        return not self._transport.is_closing()
+
+    def drop(self) -> None:
+        """Close without delay; a call in progress hears nothing more from us."""
+        self._call = None
+        self._transport.abort()
+
+    def resume(self) -> None:
+        self._transport.resume_reading()
+
+    # --- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._pool._opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        call = self._call
+        if call is None:  # bytes nobody asked for: this connection is out of step
+            self._transport.abort()
+            return
+        if not call.status:
+            self._head += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._garbage(call, f"the reply is not valid HTTP ({error})")
+            return
+        if not call.status and self._head > MAX_HEAD:
+            self._garbage(call, f"more than {MAX_HEAD} bytes of reply head")
+            return
+        call.last = self._pool.now()
+        if self._call is None:
+            self._finished(call)
+        elif call.held >= HIGH_WATER and not call._paused:
+            call._paused = True
+            self._transport.pause_reading()
+        call.notify(call)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._pool._lost(self)
+        call, self._call = self._call, None
+        if call is None:
+            return
+        if exc is None and call.status and not self._delimited:
+            call._end(None)  # HTTP/1.0 style: the close is the end
+        elif self.reused and not self._head:
+            call._end(Failure(Fault.STALE, "the kept-alive connection was closed before a reply"))
+        else:
+            where = "in the middle of its reply" if call.status else "before its reply"
+            call._end(Failure(Fault.RESET, f"the connection was lost {where}"))
+        call.notify(call)
+
+    def _garbage(self, call: Call, message: str) -> None:
+        self.drop()
+        call._end(Failure(Fault.GARBAGE, message))
+        call.notify(call)
+
+    def _finished(self, call: Call) -> None:
+        call._end(None)
+        if self._spent:
+            self._transport.close()
+        else:
+            self._pool._back(self)
+
+    # --- httptools
+
+    def on_message_begin(self) -> None:
+        if self._call is None:
+            self._spent = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        call = self._call
+        if call is None:
+            return
+        name = name.lower()
+        if name in (b"content-length", b"transfer-encoding"):
+            self._delimited = True
+        call.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        call = self._call
+        if call is None:
+            return
+        status = self._parser.get_status_code()
+        if status < 200:
+            call.headers.clear()  # 100-continue, 103 early hints: the real head follows
+            self._delimited = False
+        else:
+            call.status = status
+            if status in (204, 304):
+                self._delimited = True
+
+    def on_body(self, data: bytes) -> None:
+        call = self._call
+        if call is not None:
+            call._add(data)
+
+    def on_message_complete(self) -> None:
+        call = self._call
+        if call is None or not call.status:
+            return
+        self._spent = self._spent or not self._parser.should_keep_alive()
+        self._call = None
+
+
+class Pool:
+    """Connections to one worker: the most recently used one first, as many as there are calls."""
+
+    def __init__(self, origin: Origin, *, connect_timeout: float, ssl_context: ssl.SSLContext | None = None) -> None:
+        self.origin = origin
+        self.opened = 0
+        """Connections made since the start."""
+        self._connect_timeout = connect_timeout
+        self._ssl = (ssl_context or ssl.create_default_context()) if origin.tls else None
+        self._idle: list[Connection] = []
+        self._all: set[Connection] = set()
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        self._emptied: asyncio.Future[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Pool {self.origin.authority}, {len(self._all)} open, {len(self._idle)} idle>"
+
+    @property
+    def open_connections(self) -> int:
+        return len(self._all)
+
+    def now(self) -> float:
+        assert self._loop is not None
+        return self._loop.time()
+
+    def call(self, request: bytes, notify: Callable[[Call], None], *, fresh: bool = False) -> Call:
+        """Send `request` (head and body) on an idle connection, or on a new one (always, if `fresh`)."""
+        call = Call(request, notify)
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        idle = self._idle
+        while idle and not fresh:
+            connection = idle.pop()
+            if connection.alive():
+                connection.reused = True
+                connection.start(call)
+                return call
+        task = self._loop.create_task(self._connect(call))
+        call._connecting = task
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+        return call
+
+    def discard_idle(self) -> None:
+        """Close all idle connections: one of them turned out to be stale."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.drop()
+
+    def reap(self) -> None:
+        """Close connections that were idle for too long."""
+        if self._loop is None:
+            return
+        horizon = self._loop.time() - IDLE_SECONDS
+        kept = []
+        for connection in self._idle:
+            if connection.since < horizon:
+                connection.drop()
+            else:
+                kept.append(connection)
+        self._idle = kept
+
+    async def close(self) -> None:
+        """Close everything; calls in progress fail. Idempotent."""
+        self._closed = True
+        connecting = list(self._connecting)
+        for task in connecting:
+            task.cancel()
+        if connecting:
+            await asyncio.wait(connecting)
+        for connection in list(self._all):
+            connection._transport.abort()
+        self._idle.clear()
+        if self._all:  # the loop reports the loss of each in its next round
+            self._emptied = asyncio.get_running_loop().create_future()
+            await self._emptied
+
+    async def _connect(self, call: Call) -> None:
+        assert self._loop is not None
+        host, port = self.origin.host, self.origin.port
+        try:
+            if self._closed:
+                raise OSError("the pool is closed")
+            async with asyncio.timeout(self._connect_timeout):
+                _, connection = await self._loop.create_connection(
+                    lambda: Connection(self), host, port, ssl=self._ssl, server_hostname=host if self._ssl else None
+                )
+        except TimeoutError:
+            message = f"no connection within {self._connect_timeout:g} s"
+        except OSError as error:
+            message = f"no connection ({error.strerror or error})"
+        except asyncio.CancelledError:
+            if not call.done:  # the pool is closing; a cancelled call knows already
+                call._end(Failure(Fault.REFUSED, "the gateway is closing"))
+                call.notify(call)
+            return
+        else:
+            connection.start(call)
+            return
+        call._end(Failure(Fault.REFUSED, message))
+        call.notify(call)
+
+    def _opened(self, connection: Connection) -> None:
+        self.opened += 1
+        self._all.add(connection)
+
+    def _lost(self, connection: Connection) -> None:
+        self._all.discard(connection)
+        with contextlib.suppress(ValueError):
+            self._idle.remove(connection)
+        if self._emptied is not None and not self._all and not self._emptied.done():
+            self._emptied.set_result(None)
+
+    def _back(self, connection: Connection) -> None:
+        if self._closed or not connection.alive():
+            connection.drop()
+            return
+        connection.since = self.now()
+        self._idle.append(connection)
+
+
+def request_bytes(origin: Origin, method: str, path: str, headers: Iterable[Header] = (), body: bytes = b"") -> bytes:
+    """A whole HTTP/1.1 request. Names and values must be free of CR and LF."""
+    lines = [f"{method} {path} HTTP/1.1\r\nhost: {origin.authority}\r\n".encode("ascii")]
+    for name, value in headers:
+        lines += (name, b": ", value, b"\r\n")
+    if body or method not in ("GET", "HEAD"):
+        lines.append(b"content-length: %d\r\n" % len(body))
+    lines += (b"\r\n", body)
+    return b"".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole reply, for control requests."""
+
+    status: int
+    headers: tuple[Header, ...]
+    body: bytes
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300
+
+
+class FetchFailed(Exception):
+    """The worker gave no reply; the message says why."""
+
+
+async def fetch(
+    pool: Pool,
+    method: str,
+    path: str,
+    *,
+    headers: Iterable[Header] = (),
+    body: bytes = b"",
+    timeout: float,
+    limit: int = 16 << 20,
+) -> Reply:
+    """One whole exchange for control requests. A stale connection is replaced once. Raises `FetchFailed`."""
+    request = request_bytes(pool.origin, method, path, headers, body)
+    for fresh in (False, True):
+        news = asyncio.Event()
+        call = pool.call(request, lambda _, news=news: news.set(), fresh=fresh)  # type: ignore[misc]
+        parts = []
+        try:
+            async with asyncio.timeout(timeout):
+                while not call.done:
+                    await news.wait()
+                    news.clear()
+                    parts.append(call.take())
+                    if call.received > limit:
+                        raise FetchFailed(f"{pool.origin.url}{path}: more than {limit} bytes")
+        except TimeoutError:
+            raise FetchFailed(f"{pool.origin.url}{path}: no reply within {timeout:g} s") from None
+        finally:
+            call.cancel()
+        if call.complete:
+            parts.append(call.take())
+            return Reply(call.status, tuple(call.headers), b"".join(parts))
+        failure = call.failure
+        if failure is None or failure.fault is not Fault.STALE:
+            break
+    raise FetchFailed(f"{pool.origin.url}{path}: {failure.message if failure else 'no reply'}")
