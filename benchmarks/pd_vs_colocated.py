@@ -190,6 +190,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--eager", action="store_true", help="vLLM without torch.compile: starts in 30 s, decodes slower"
     )
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        action="append",
+        default=[],
+        help="one more colocated arm, with prefill chunks of so many tokens (tuned for ITL); may be repeated",
+    )
     parser.add_argument("--no-ours", action="store_true", help="measure the peers only")
     parser.add_argument("--logs", type=Path, help="where logs of the servers go")
     parser.add_argument("options", nargs="*", help="after --: more options of baton serve")
@@ -244,6 +251,9 @@ def measure_ours(
             fleet.baton_serve("Baton 1P+1D", args.model, PD, *args.options),
             fleet.baton_serve("Baton 2 colocated", args.model, COLOCATED, "--worker-port", "31000", *args.options),
         ]
+        for number, chunk in enumerate(args.chunk):
+            options = ["--chunked-prefill-size", str(chunk), "--worker-port", str(32000 + 100 * number), *args.options]
+            servers.append(fleet.baton_serve(f"Baton 2 colocated, chunks of {chunk}", args.model, COLOCATED, *options))
         fleet.wait(servers, 300)
         mine = [at(arms, server.name, server.url) for server in servers]
         extra["idle_cores"] |= idle_cores(servers)

