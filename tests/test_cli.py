@@ -67,6 +67,14 @@ def test_help_is_quick_and_imports_no_room() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_option_is_there_twice(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    spellings = [text for param in command.params for text in (*param.opts, *param.secondary_opts)]
+    assert len(spellings) == len(set(spellings))
+
+
 @pytest.mark.parametrize("arguments", [["version"], ["--version"]])
 def test_version(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "baton", *arguments], capture_output=True, text=True, check=True)
@@ -133,6 +141,11 @@ def test_mistakes_end_in_one_line_and_status_2(arguments: list[str], words: str)
     assert result.exit_code == 2
     assert words in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_options_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATON_SERVE_BACKEND", "native(P:d1)")
+    assert "no D (decode) group" in invoke("serve").stderr
 
 
 def test_debug_shows_the_traceback_too() -> None:
@@ -227,18 +240,22 @@ def test_serve_prints_a_command_that_works_and_stops_on_ctrl_c(tmp_path: Path) -
         [sys.executable, "-c", LAUNCH, *arguments.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
-    assert server.stdout is not None
-    assert server.stdout.readline().startswith(f"tiny is ready at http://127.0.0.1:{port} after ")
-    server.stdout.readline()
-    program, url, *_, body = shlex.split(server.stdout.readline())
-    assert program == "curl"
-    request = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as response:
-        assert json.load(response)["model"] == "tiny"
-    taken = invoke("serve", str(tmp_path / "tiny"), "--load-format", "dummy", "--port", str(port))
-    assert taken.stderr == f"error: port {port} on 127.0.0.1 is taken by another process; choose another with --port\n"
-    server.send_signal(signal.SIGINT)
-    _, errors = server.communicate(timeout=20)
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith(f"tiny is ready at http://127.0.0.1:{port} after ")
+        server.stdout.readline()
+        program, url, *_, body = shlex.split(server.stdout.readline())
+        assert program == "curl"
+        request = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=10) as response:
+            assert json.load(response)["model"] == "tiny"
+        taken = invoke("serve", str(tmp_path / "tiny"), "--load-format", "dummy", "--port", str(port))
+        assert (
+            taken.stderr == f"error: port {port} on 127.0.0.1 is taken by another process; choose another with --port\n"
+        )
+    finally:
+        server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=20)
     assert server.returncode == 0, errors
     assert "gateway: ready" in errors
     assert not list(default_base().glob(f"{server.pid}-*"))

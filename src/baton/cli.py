@@ -92,7 +92,7 @@ def cli() -> None:
 @config_options(GatewayConfig, "Gateway", skip=("worker_api_key",))
 @config_options(WorkerConfig, "Workers", only=("served_model_name", "chat_template"))
 @config_options(EngineConfig, "Engines", extra=NEGATIVES)
-@config_options(DisaggConfig, "Prefill and decode apart", skip=("mode", "bootstrap_host"))
+@config_options(DisaggConfig, "Prefill and decode apart", skip=("mode", "bootstrap_host", "drain_timeout"))
 @ignored()
 @reporting
 def serve(model_name: str | None, backend: str, worker_port: int, **values: Any) -> int:
@@ -114,7 +114,8 @@ def serve(model_name: str | None, backend: str, worker_port: int, **values: Any)
     front = dataclasses.replace(
         build(WorkerConfig, values), host="127.0.0.1", port=worker_port, served_model_name=served
     )
-    workers = stack.plan_workers(allocation, front, engine, build(DisaggConfig, values), stack.Machine.here())
+    disagg = build(DisaggConfig, {name: value for name, value in values.items() if name != "drain_timeout"})
+    workers = stack.plan_workers(allocation, front, engine, disagg, stack.Machine.here())
 
     def ready() -> None:
         url = stack.url_of(gateway.host, gateway.port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import queue
 import signal
@@ -37,7 +38,7 @@ class Stack:
         self.inbox = Inbox()
         self.launcher = LocalLauncher(self.inbox, ["json"], directory / "nursery.log")
         self.notes: list[str] = []
-        self._specs: list[ProcessSpec] = []
+        self.specs: list[ProcessSpec] = []
         self._until: Callable[[Supervisor], bool] = lambda supervisor: False
 
     def add(
@@ -51,11 +52,11 @@ class Stack:
             name, T + function, self.directory / f"{name}.log", ready or PathCheck(path), kwargs,
             heavy=heavy, restart=QUICK, **options,  # type: ignore[arg-type]
         )  # fmt: skip
-        self._specs.append(spec)
+        self.specs.append(spec)
         return spec
 
     def start(self) -> Supervisor:
-        self.supervisor = Supervisor(self._specs, MonotonicClock().now())
+        self.supervisor = Supervisor(self.specs, MonotonicClock().now())
         return self.supervisor
 
     def run_until(self, reached: Callable[[Supervisor], bool]) -> None:
@@ -187,7 +188,7 @@ def test_a_crash_loop_ends_the_stack_and_its_words_are_in_the_log(stack: Stack, 
     stack.run_until(lambda s: False)
     failure = stack.supervisor.failure
     assert failure is not None
-    assert (failure.name, failure.reason) == ("bad", "it ended 3 times before it was ready, by SIGKILL")
+    assert (failure.name, failure.reason) == ("bad", "ended by SIGKILL, 3 times before it was ready")
     assert spec.log.read_text() == "this is the end\n" * 3
 
 
@@ -195,8 +196,8 @@ def test_a_crash_loop_ends_the_stack_and_its_words_are_in_the_log(stack: Stack, 
     ("function", "reason", "words"),
     [
         ("misconfigured", "its configuration is wrong", "error: weights are missing; pull the model first\n"),
-        ("raising", "it ended 3 times before it was ready, with status 1", "RuntimeError: no way\n"),
-        ("no_such_function", "it ended 3 times before it was ready, with status 1", "no_such_function'\n"),
+        ("raising", "ended with status 1, 3 times before it was ready", "RuntimeError: no way\n"),
+        ("no_such_function", "ended with status 1, 3 times before it was ready", "no_such_function'\n"),
     ],
 )
 def test_errors_of_a_target(stack: Stack, heavy: bool, function: str, reason: str, words: str) -> None:
@@ -206,6 +207,19 @@ def test_errors_of_a_target(stack: Stack, heavy: bool, function: str, reason: st
     assert stack.supervisor.failure is not None
     assert stack.supervisor.failure.reason == reason
     assert spec.log.read_text().endswith(words)
+
+
+def test_what_cannot_even_be_started_is_tried_again(stack: Stack, tmp_path: Path) -> None:
+    missing = tmp_path / "later"
+    spec = stack.add("one", "touch_and_sleep")
+    stack.specs[0] = dataclasses.replace(spec, log=missing / "log")
+    stack.start()
+    stack.run_until(lambda s: s.entries["one"].state is State.BACKING_OFF)
+    (note,) = stack.notes
+    assert note.startswith("one cannot be started: [Errno 2] No such file or directory")
+    missing.mkdir()
+    stack.run_until(all_ready)
+    stack.stop()
 
 
 def test_who_ignores_sigterm_is_killed(stack: Stack, heavy: bool) -> None:
@@ -309,12 +323,26 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "b"
 
 
-def start(base: Path, *kinds: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SUPERVISOR, str(base), targets.__name__, *kinds],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(targets.__file__).parents[1])},
-    )  # fmt: skip
+Starter = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(base: Path) -> Iterator[Starter]:
+    """Starts supervisors; those that a failed test leaves are killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*kinds: str) -> subprocess.Popen[str]:
+        arguments = [sys.executable, "-c", SUPERVISOR, str(base), targets.__name__, *kinds]
+        path = Path(targets.__file__).parents[targets.__name__.count(".")]
+        env = {**os.environ, "PYTHONPATH": str(path)}
+        started.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
+        return started[-1]
+
+    yield start
+    for supervisor in started:
+        if supervisor.poll() is None:
+            supervisor.kill()
+            supervisor.communicate()
 
 
 def wait_ready(supervisor: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -324,9 +352,9 @@ def wait_ready(supervisor: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(supervisor.pid).children(recursive=True)
 
 
-def test_a_signal_stops_everything_and_leaves_nothing(base: Path) -> None:
+def test_a_signal_stops_everything_and_leaves_nothing(start: Starter, base: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        supervisor = start(base, "touch_and_sleep")
+        supervisor = start("touch_and_sleep")
         below = wait_ready(supervisor)
         assert len(below) == 3  # two processes and the fork server
         assert len(list(base.iterdir())) == 2
@@ -337,8 +365,8 @@ def test_a_signal_stops_everything_and_leaves_nothing(base: Path) -> None:
         assert [path.name for path in base.iterdir()] == ["lock"]
 
 
-def test_a_second_signal_does_not_wait(base: Path) -> None:
-    supervisor = start(base, "stubborn")
+def test_a_second_signal_does_not_wait(start: Starter, base: Path) -> None:
+    supervisor = start("stubborn")
     below = wait_ready(supervisor)
     begun = time.monotonic()
     supervisor.send_signal(signal.SIGINT)
@@ -353,8 +381,8 @@ def test_a_second_signal_does_not_wait(base: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["touch_and_sleep", "stubborn", "busy"])
-def test_nothing_outlives_a_supervisor_that_was_killed(base: Path, kind: str) -> None:
-    supervisor = start(base, kind)
+def test_nothing_outlives_a_supervisor_that_was_killed(start: Starter, base: Path, kind: str) -> None:
+    supervisor = start(kind)
     below = wait_ready(supervisor)
     supervisor.kill()
     supervisor.communicate(timeout=10)
@@ -365,15 +393,15 @@ def test_nothing_outlives_a_supervisor_that_was_killed(base: Path, kind: str) ->
         time.sleep(0.01)
 
 
-def test_the_next_start_sweeps_what_a_killed_one_left(base: Path) -> None:
-    first = start(base, "touch_and_sleep")
+def test_the_next_start_sweeps_what_a_killed_one_left(start: Starter, base: Path) -> None:
+    first = start("touch_and_sleep")
     wait_ready(first)
-    second = start(base, "touch_and_sleep")
+    second = start("touch_and_sleep")
     wait_ready(second)
     first.kill()
     first.communicate(timeout=10)
     assert len(list(base.iterdir())) == 3  # lock, the dead one's, the living one's
-    third = start(base, "touch_and_sleep")
+    third = start("touch_and_sleep")
     wait_ready(third)
     owners = {path.name.split("-")[0] for path in base.iterdir()}
     assert owners == {"lock", str(second.pid), str(third.pid)}
@@ -383,11 +411,11 @@ def test_the_next_start_sweeps_what_a_killed_one_left(base: Path) -> None:
     assert [path.name for path in base.iterdir()] == ["lock"]
 
 
-def test_a_failed_start_shows_the_end_of_the_log_and_keeps_the_rest(base: Path) -> None:
-    supervisor = start(base, "touch_and_sleep", "crash")
+def test_a_failed_start_shows_the_end_of_the_log_and_keeps_the_rest(start: Starter, base: Path) -> None:
+    supervisor = start("touch_and_sleep", "crash")
     _, errors = supervisor.communicate(timeout=20)
     assert supervisor.returncode == 1
-    assert "it ended 3 times before it was ready, by SIGKILL" in errors
+    assert "ended by SIGKILL, 3 times before it was ready" in errors
     assert "  | this is the end" in errors
     (kept,) = base.glob("failed-*")
     assert errors.endswith(f"all logs: {kept}\n")

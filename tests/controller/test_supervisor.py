@@ -171,7 +171,7 @@ def test_the_stack_gives_up_on_a_process_that_never_gets_ready() -> None:
     history.dies("engine", 1)
     failure = history.supervisor.failure
     assert failure is not None
-    assert (failure.name, failure.reason) == ("engine", "it ended 3 times before it was ready, with status 1")
+    assert (failure.name, failure.reason) == ("engine", "ended with status 1, 3 times before it was ready")
     assert history.orders() == ["terminate gateway 1"]
     assert history.dies("gateway", 0).orders() == ["terminate front 1"]
     assert history.dies("front", 0).supervisor.done

@@ -58,13 +58,17 @@ class LocalLauncher:
 
     def start(self, spec: ProcessSpec, run: int) -> None:
         job = Job(spec.name, spec.target, spec.kwargs, spec.cores, spec.env)
-        if isinstance(spec.ready, PathCheck):
-            spec.ready.path.unlink(missing_ok=True)  # of an earlier run
-        self._prober.add(spec.name, run, spec.ready)
-        if spec.heavy:
-            self._heavy.fork(run, job, spec.log)
+        try:
+            if isinstance(spec.ready, PathCheck):
+                spec.ready.path.unlink(missing_ok=True)  # of an earlier run
+            if spec.heavy:
+                self._heavy.fork(run, job, spec.log)
+            else:
+                self._spawn(job, run, spec.log)
+        except OSError as error:  # no memory, no disk, no more processes: as a death, it may be better soon
+            self._inbox.put(Exited(spec.name, run, 1, f"cannot be started: {error}"))
         else:
-            self._spawn(job, run, spec.log)
+            self._prober.add(spec.name, run, spec.ready)
 
     def terminate(self, name: str, run: int) -> None:
         self._signal(name, run, signal.SIGTERM)

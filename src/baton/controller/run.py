@@ -42,28 +42,36 @@ def run_stack(
     log of the process at fault shown). Raises `ConfigError` before anything is started.
     """
     rundir = RunDirectory.create()
-    inbox = Inbox()
     try:
         wanted = specs(rundir)
-        with contextlib.closing(watcher), stop_signals(inbox):
-            launcher = LocalLauncher(inbox, preload, rundir.log(NURSERY))
-            clock = MonotonicClock()
-            supervisor = Supervisor(wanted, clock.now())
-            try:
-                watcher.note(f"logs: {rundir.path}")
-                if any(spec.heavy for spec in wanted):
-                    launcher.warm_up()
-                conduct(supervisor, launcher, inbox, clock, watcher)
-            finally:
-                launcher.close()
     except BaseException:
         rundir.remove()
+        raise
+    try:
+        supervisor = _supervise(wanted, rundir, watcher, preload)
+    except BaseException:
+        rundir.keep()
         raise
     if supervisor.failure is None:
         rundir.remove()
         return 0
     report(supervisor, rundir)
     return 1
+
+
+def _supervise(
+    specs: Sequence[ProcessSpec], rundir: RunDirectory, watcher: Watcher, preload: Sequence[str]
+) -> Supervisor:
+    """From nothing to nothing; the supervisor that comes back knows how it went."""
+    inbox, clock = Inbox(), MonotonicClock()
+    supervisor = Supervisor(specs, clock.now())
+    with contextlib.closing(watcher), stop_signals(inbox):
+        watcher.note(f"logs: {rundir.path}")
+        with contextlib.closing(LocalLauncher(inbox, preload, rundir.log(NURSERY))) as launcher:
+            if any(spec.heavy for spec in specs):
+                launcher.warm_up()
+            conduct(supervisor, launcher, inbox, clock, watcher)
+    return supervisor
 
 
 def conduct(supervisor: Supervisor, launcher: Launcher, inbox: Inbox, clock: Clock, watcher: Watcher) -> None:

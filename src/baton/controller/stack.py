@@ -125,7 +125,7 @@ def stack_specs(
             "decode": [w.url for w in workers if w.disagg.mode == "decode"],
             "regular": [w.url for w in workers if w.disagg.mode == "null"],
         },
-        stop_timeout=DRAIN,
+        stop_timeout=gateway.drain_timeout + 2.0,
     )
     return [*specs, door]
 

@@ -78,6 +78,8 @@ class Exited:
     run: int
     code: int
     """Negative: the number of the signal that ended it."""
+    reason: str = ""
+    """If it never began: why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,7 @@ class Supervisor:
             if event.run != entry.run or entry.state not in ALIVE:
                 return  # news of an earlier run
             if isinstance(event, Exited):
-                self._exited(entry, event.code, now)
+                self._exited(entry, event, now)
             elif isinstance(event, Started):
                 entry.pid = event.pid
                 if entry.state is State.STARTING:
@@ -205,26 +207,27 @@ class Supervisor:
 
     # --- deaths ----------------------------------------------------------------------------------------------
 
-    def _exited(self, entry: Entry, code: int, now: float) -> None:
+    def _exited(self, entry: Entry, event: Exited, now: float) -> None:
         if self.stopping:
             self._move(entry, State.STOPPED, now)
         elif entry.state is State.STOPPING:
             self._move(entry, State.WAITING, now)
         else:
-            self._died(entry, code, now)
+            self._died(entry, event, now)
 
-    def _died(self, entry: Entry, code: int, now: float) -> None:
-        policy, name = entry.spec.restart, entry.spec.name
+    def _died(self, entry: Entry, event: Exited, now: float) -> None:
+        policy, name, code = entry.spec.restart, entry.spec.name, event.code
+        words = event.reason or f"ended {how(code)}"
         if entry.state is State.READY and now - entry.since >= policy.healthy_after:
             entry.deaths = 0
         entry.deaths += 1
         if not entry.ever_ready and code == EX_CONFIG:
             return self._give_up(entry, "its configuration is wrong", now)
         if not entry.ever_ready and entry.deaths >= policy.attempts:
-            return self._give_up(entry, f"it ended {entry.deaths} times before it was ready, {how(code)}", now)
+            return self._give_up(entry, f"{words}, {entry.deaths} times before it was ready", now)
         delay = policy.delay(entry.deaths)
         log = entry.spec.log if code > 0 else None  # who was killed had no time for words
-        self._out.append(Note(f"{name} ended {how(code)}; restart in {delay:g} s", log))
+        self._out.append(Note(f"{name} {words}; restart in {delay:g} s", log))
         self._move(entry, State.BACKING_OFF, now, now + delay)
         self._stop_dependents(name, now)
         return None
