@@ -118,10 +118,11 @@ class EngineThread:
     def _loop(self) -> None:
         try:
             while not self.dead.is_set():
-                for message in self.end.receive(0.0 if self.engine.busy else 0.5):
-                    self.end.send(self.engine.handle(message))
+                messages = self.end.receive(0.0 if self.engine.busy else 0.5)
                 while self.hung.is_set() and not self.dead.is_set():
                     time.sleep(0.01)
+                for message in messages:
+                    self.end.send(self.engine.handle(message))
                 self.end.send(self.engine.step())
         except ChannelClosed:
             pass
@@ -223,6 +224,7 @@ def serving(
     thread.start()
     wait_for(lambda: started or failed)
     rig = started[0]
+    rig.front.state.thread.submit(int).result(PATIENCE)  # the thread exists before a test counts threads
     try:
         if engine:
             rig.start_engine()
@@ -235,6 +237,19 @@ def serving(
             one.kill()
         assert not thread.is_alive()
         assert not Path(channel).exists()
+
+
+@contextmanager
+def in_flight(rig: Rig) -> Iterator[None]:
+    """One long request runs meanwhile; it is dropped afterwards."""
+    assert rig.engine is not None
+    engine = rig.engine
+    body = b'{"prompt": "hello there", "max_tokens": 1000, "ignore_eos": true}'
+    with paced(rig, 0.01), raw_connection(rig) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        wait_for(lambda: engine.scheduler.running)
+        yield
 
 
 def raw_connection(rig: Rig) -> socket.socket:

@@ -164,6 +164,7 @@ class Front:
                 self._engines.close()
             self._channel.unlink(missing_ok=True)
             self._socket.close()
+            self.state.thread.shutdown()
 
     async def listening(self) -> None:
         """Returns when both HTTP and the engine's channel are open."""

@@ -92,7 +92,8 @@ class GenerateRoute:
     async def _begin(self, body: bytes, rid: str | None, received: float) -> Exchange:
         context = self._state.context
         if len(body) > LONG_BODY:
-            job, writer = await asyncio.to_thread(self._dialect.parse, body, context, rid)
+            loop, thread = asyncio.get_running_loop(), self._state.thread
+            job, writer = await loop.run_in_executor(thread, self._dialect.parse, body, context, rid)
         else:
             job, writer = self._dialect.parse(body, context, rid)
         client, n = self._state.client, job.n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,8 @@ class FrontState:
     client: EngineClient = field(init=False)
     metrics: Metrics = field(default_factory=Metrics)
     exchanges: set[Exchange] = field(default_factory=set)
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenize"))
+    """Long prompts are tokenised here, so that streams go on meanwhile."""
     draining: bool = False
     started: float = field(default_factory=time.time)
     _context: ModelContext | None = None
