@@ -28,12 +28,12 @@ def write(directory: Path) -> Path:
     tokenizer = train_tokenizer()
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=48,
-        intermediate_size=96,
+        hidden_size=96,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=6,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=32,
         max_position_embeddings=2048,
         initializer_range=0.2,  # the default, 0.02, makes every answer a repetition
         tie_word_embeddings=False,

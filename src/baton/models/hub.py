@@ -23,10 +23,12 @@ from baton.models.source import SourceFailed, missing
 CONFIG_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 WEIGHT_FILES = ["model*.safetensors"]
 REACH_SECONDS = 5.0
+HTTP_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+"""Of the HTTP library that the Hub's library uses (which one depends on its version): broken connections."""
 
 
 class HubSource:
-    """Fills a directory of ours with the files of `hub_id`; an interrupted download goes on where it stopped."""
+    """Fills a directory of ours with the files of `hub_id`; what an interrupted pull has completed is kept."""
 
     def __init__(self, hub_id: str, endpoint: str | None = None) -> None:
         self.name = f"Hugging Face Hub, {hub_id}"
@@ -70,8 +72,8 @@ def download(
         raise SourceFailed(f"not a valid Hub id: {error}") from error
     except LocalEntryNotFoundError as error:
         raise SourceFailed(f"not reachable: {_root(error)}") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise SourceFailed(str(error).splitlines()[0]) from error
+    except (HTTP_ERROR, OSError) as error:
+        raise SourceFailed((str(error) or repr(error)).splitlines()[0]) from error
     lack = missing(Path(path), weights)
     if lack:
         raise SourceFailed(f"the download is incomplete or the model is not in safetensors format: {lack}")
