@@ -16,9 +16,9 @@ from baton.base.errors import BadRequest, BatonError, ConfigError, Unavailable
 from baton.gateway.metrics import Metrics
 from baton.gateway.replies import error_body, error_headers
 from baton.router import health
+from baton.router.fetch import FetchFailed
 from baton.router.registry import ROLES, Role, Worker
 from baton.router.router import Router
-from baton.router.upstream import FetchFailed
 
 OPEN_PATHS = frozenset({"/health", "/liveness", "/readiness", "/metrics"})
 """Need no API key."""

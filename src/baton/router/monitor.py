@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
+from baton.router.fetch import FetchFailed, fetch
 from baton.router.registry import Registry, Worker
-from baton.router.upstream import FetchFailed, Header, fetch
+from baton.router.upstream import Header
 
 log = logging.getLogger("baton.gateway")
 

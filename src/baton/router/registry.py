@@ -14,7 +14,8 @@ from typing import Literal
 from baton.base.errors import BadRequest, NotFound
 from baton.router import health
 from baton.router.health import Breaker, Limits
-from baton.router.upstream import Origin, Pool
+from baton.router.origin import Origin
+from baton.router.upstream import Pool
 
 Role = Literal["prefill", "decode", "regular"]
 ROLES: tuple[Role, ...] = ("prefill", "decode", "regular")

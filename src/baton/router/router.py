@@ -10,10 +10,12 @@ from random import Random
 from baton.base.errors import Unavailable
 from baton.router import policies
 from baton.router.dispatch import Dialect, Legs, Native, Parcel, Pulse, Regular, Target
+from baton.router.fetch import FetchFailed, Reply, fetch
 from baton.router.health import Limits
 from baton.router.monitor import Monitor, Rhythm
+from baton.router.origin import Origin
 from baton.router.registry import Candidates, Registry, Role, Worker
-from baton.router.upstream import FetchFailed, Header, Origin, Pool, Reply, fetch
+from baton.router.upstream import Header, Pool
 
 log = logging.getLogger("baton.gateway")
 

@@ -12,14 +12,13 @@ import asyncio
 import contextlib
 import enum
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
-from urllib.parse import urlsplit
 
 import httptools
 
-from baton.base.errors import ConfigError
+from baton.router.origin import Origin
 
 Header = tuple[bytes, bytes]
 """(lower-case name, value)"""
@@ -50,39 +49,6 @@ class Fault(enum.Enum):
 class Failure:
     fault: Fault
     message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a worker listens."""
-
-    host: str
-    port: int
-    tls: bool
-
-    @classmethod
-    def parse(cls, url: str) -> Origin:
-        """Raises `ConfigError` for anything but http(s)://host[:port]."""
-        try:
-            parts = urlsplit(url if "://" in url else f"http://{url}")
-            port = parts.port
-        except ValueError as error:
-            raise ConfigError(f"worker URL {url!r} is not valid: {error}") from error
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
-            raise ConfigError(f"worker URL {url!r} must look like http://host:port")
-        if any(ord(c) <= 32 or ord(c) > 126 for c in parts.netloc):
-            raise ConfigError(f"worker URL {url!r} has characters that no host name has")
-        tls = parts.scheme == "https"
-        return cls(parts.hostname, port or (443 if tls else 80), tls)
-
-    @property
-    def url(self) -> str:
-        return f"{'https' if self.tls else 'http'}://{self.authority}"
-
-    @property
-    def authority(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
 
 
 class Call:
@@ -442,68 +408,3 @@ class Pool:
             return
         connection.since = self.now()
         self._idle.append(connection)
-
-
-def request_bytes(origin: Origin, method: str, path: str, headers: Iterable[Header] = (), body: bytes = b"") -> bytes:
-    """A whole HTTP/1.1 request. Names and values must be free of CR and LF."""
-    lines = [f"{method} {path} HTTP/1.1\r\nhost: {origin.authority}\r\n".encode("ascii")]
-    for name, value in headers:
-        lines += (name, b": ", value, b"\r\n")
-    if body or method not in ("GET", "HEAD"):
-        lines.append(b"content-length: %d\r\n" % len(body))
-    lines += (b"\r\n", body)
-    return b"".join(lines)
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A whole reply, for control requests."""
-
-    status: int
-    headers: tuple[Header, ...]
-    body: bytes
-
-    @property
-    def ok(self) -> bool:
-        return 200 <= self.status < 300
-
-
-class FetchFailed(Exception):
-    """The worker gave no reply; the message says why."""
-
-
-async def fetch(
-    pool: Pool,
-    method: str,
-    path: str,
-    *,
-    headers: Iterable[Header] = (),
-    body: bytes = b"",
-    timeout: float,
-    limit: int = 16 << 20,
-) -> Reply:
-    """One whole exchange for control requests. A stale connection is replaced once. Raises `FetchFailed`."""
-    request = request_bytes(pool.origin, method, path, headers, body)
-    for fresh in (False, True):
-        news = asyncio.Event()
-        call = pool.call(request, lambda _, news=news: news.set(), fresh=fresh)  # type: ignore[misc]
-        parts = []
-        try:
-            async with asyncio.timeout(timeout):
-                while not call.done:
-                    await news.wait()
-                    news.clear()
-                    parts.append(call.take())
-                    if call.received > limit:
-                        raise FetchFailed(f"{pool.origin.url}{path}: more than {limit} bytes")
-        except TimeoutError:
-            raise FetchFailed(f"{pool.origin.url}{path}: no reply within {timeout:g} s") from None
-        finally:
-            call.cancel()
-        if call.complete:
-            parts.append(call.take())
-            return Reply(call.status, tuple(call.headers), b"".join(parts))
-        failure = call.failure
-        if failure is None or failure.fault is not Fault.STALE:
-            break
-    raise FetchFailed(f"{pool.origin.url}{path}: {failure.message if failure else 'no reply'}")
