@@ -141,6 +141,7 @@ def test_a_child_is_pinned_and_has_its_environment(stack: Stack, heavy: bool) ->
     stack.run_until(all_ready)
     assert isinstance(spec.ready, PathCheck)
     assert spec.ready.path.read_text() == f"[{core}] here True"
+    assert Path(f"/proc/{stack.pid('one')}/comm").read_text() == "one\n"
     stack.stop()
 
 

@@ -7,6 +7,7 @@ processes it forks.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -36,6 +37,8 @@ def live(job: Job, lifeline: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor, which then tells us
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ.update(job.env)
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="utf-8") as name:
+        name.write(job.name[:15])  # what `top` shows; Linux only
     if job.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, job.cores)
     threading.Thread(target=_watch, args=(lifeline,), name="lifeline", daemon=True).start()
