@@ -21,6 +21,8 @@ from rich.text import Text
 from baton.lab.config import BenchConfig
 from baton.lab.metrics import Record, Stats, Summary
 
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
 BUSY_GENERATOR = 0.5
 """Cores; a generator that uses more is suspected of slowing the server, or of sending late."""
 
@@ -32,6 +34,8 @@ class Conditions:
     date: str
     host: str
     cpu: str
+    isa: str
+    """Instruction sets that decide how fast a model runs on this CPU."""
     cores: int
     """That this process may use."""
     load_before: float
@@ -46,7 +50,8 @@ class Conditions:
         return cls(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             host=platform.node(),
-            cpu=_cpu(),
+            cpu=_cpuinfo("model name") or platform.processor() or platform.machine(),
+            isa=" ".join(name for name in INSTRUCTION_SETS if name in _cpuinfo("flags").split()),
             cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             load_before=round(os.getloadavg()[0], 2),
             python=platform.python_version(),
@@ -55,12 +60,13 @@ class Conditions:
         )
 
 
-def _cpu() -> str:
+def _cpuinfo(field: str) -> str:
+    """Of the first core, where Linux tells; else empty."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def _git() -> str:
@@ -191,6 +197,6 @@ def warnings(outcome: Outcome) -> Iterator[str]:
 def _caption(conditions: Conditions) -> str:
     git = f" ({conditions.git})" if conditions.git else ""
     return (
-        f"{conditions.date}, {conditions.host}: {conditions.cores} cores {conditions.cpu}, "
+        f"{conditions.date}, {conditions.host}: {conditions.cores} cores {conditions.cpu} ({conditions.isa}), "
         f"load before {conditions.load_before}; Python {conditions.python}, Baton {conditions.baton}{git}"
     )
