@@ -93,10 +93,18 @@ class ChatTemplate:
         if template is None:
             raise BadRequest("this model has no chat template; use /v1/completions", param="messages")
         conversation = [_message(message, index, self._reads_parts[name]) for index, message in enumerate(messages)]
-        values = {**self._special_tokens, **extra, "messages": conversation, "tools": tools or None}
+        values = {"documents": None, **self._special_tokens, **extra, "messages": conversation, "tools": tools or None}
         try:
             text = template.render(values, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise BadRequest(f"the chat template refuses these messages: {error}", param="messages") from error
         return _cut_after(text, conversation[-1].get("content")) if continue_final_message else text
 
