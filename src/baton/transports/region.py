@@ -101,9 +101,10 @@ def _anonymous_file(size: int) -> int:
         os.ftruncate(fd, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         return fd
-    with tempfile.TemporaryFile() as file:  # unlinked at once; the duplicate keeps it
-        file.truncate(size)
-        return os.dup(file.fileno())
+    else:
+        with tempfile.TemporaryFile() as file:  # unlinked at once; the duplicate keeps it
+            file.truncate(size)
+            return os.dup(file.fileno())
 
 
 def _cannot_shrink(fd: int) -> bool:
@@ -112,4 +113,5 @@ def _cannot_shrink(fd: int) -> bool:
             return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
         except OSError:  # not a memfd
             return False
-    return True
+    else:
+        return True
