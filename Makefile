@@ -13,7 +13,7 @@ PYTHON ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
-FORMATTED := src tests benchmarks examples
+FORMATTED := src tests benchmarks examples scripts
 
 .PHONY: serve test lint types contracts docs check format clean
 
@@ -41,11 +41,11 @@ format: $(VENV)/installed-dev
 	@$(BIN)/ruff format $(FORMATTED)
 
 docs: $(VENV)/installed-dev
-	@$(BIN)/python -m baton.docs docs/configuration.md
+	@$(BIN)/python scripts/configuration.py
 
 clean:
 	rm -rf .venv .ci-venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+	find $(FORMATTED) -name __pycache__ -prune -exec rm -rf {} +
 
 # Stamps: installed again only when the requirements changed. The checkout itself is installed editable.
 $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
