@@ -422,3 +422,26 @@ def test_a_failed_start_shows_the_end_of_the_log_and_keeps_the_rest(start: Start
     assert errors.endswith(f"all logs: {kept}\n")
     assert not list(kept.glob("*.sock"))
     assert (kept / "crash-2.log").read_text().startswith("this is the end")
+
+
+def test_a_stack_outlives_its_audience(start: Starter, base: Path) -> None:
+    """`baton serve | head -1`, and a terminal that was closed."""
+    supervisor = start("touch_and_sleep")
+    below = wait_ready(supervisor)
+    assert supervisor.stdout is not None
+    assert supervisor.stderr is not None
+    supervisor.stdout.close()
+    supervisor.stderr.close()
+    light = next(process for process in below if "child.py" in process.cmdline()[2])
+    known = set(below)
+    for _ in range(2):
+        light.kill()
+        deadline = time.monotonic() + 10
+        while not (new := set(psutil.Process(supervisor.pid).children(recursive=True)) - known):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        (light,) = new
+        known.add(light)
+    supervisor.send_signal(signal.SIGTERM)
+    assert supervisor.wait(10) == 0
+    assert [path.name for path in base.iterdir()] == ["lock"]

@@ -34,6 +34,13 @@ def words(entry: Entry) -> str:
     return SAYS[entry.state][0]
 
 
+class Screen(Console):
+    """Rich's console ends the program when its pipe breaks; a supervisor has better things to do."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Display:
     """Follows a stack. `on_ready` is called once, when everything is ready for the first time."""
 
@@ -41,7 +48,7 @@ class Display:
         self, on_ready: Callable[[], None], *, console: Console | None = None, clock: Clock | None = None
     ) -> None:
         self._on_ready = on_ready
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or Screen(stderr=True, highlight=False)
         self._clock = clock or MonotonicClock()
         self._seen: dict[str, tuple[State, int]] = {}
         self._announced = False

@@ -33,6 +33,45 @@ class Watcher(Protocol):
     def close(self) -> None: ...
 
 
+class Nobody:
+    """The null watcher."""
+
+    def update(self, supervisor: Supervisor) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Unbreakable:
+    """A watcher that stops showing when its terminal or pipe is gone: the stack goes on."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+
+    def update(self, supervisor: Supervisor) -> None:
+        with self._guard() as watcher:
+            watcher.update(supervisor)
+
+    def note(self, text: str) -> None:
+        with self._guard() as watcher:
+            watcher.note(text)
+
+    def close(self) -> None:
+        with self._guard() as watcher:
+            watcher.close()
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[Watcher]:
+        try:
+            yield self._watcher
+        except OSError:
+            self._watcher = Nobody()
+
+
 def run_stack(
     specs: Callable[[RunDirectory], Sequence[ProcessSpec]], watcher: Watcher, *, preload: Sequence[str] = ()
 ) -> int:
@@ -65,6 +104,7 @@ def _supervise(
     """From nothing to nothing; the supervisor that comes back knows how it went."""
     inbox, clock = Inbox(), MonotonicClock()
     supervisor = Supervisor(specs, clock.now())
+    watcher = Unbreakable(watcher)
     with contextlib.closing(watcher), stop_signals(inbox):
         watcher.note(f"logs: {rundir.path}")
         with contextlib.closing(LocalLauncher(inbox, preload, rundir.log(NURSERY))) as launcher:
@@ -93,7 +133,10 @@ def stop_signals(inbox: Inbox) -> Iterator[None]:
     def ask(number: int, frame: FrameType | None) -> None:
         inbox.put(StopAsked())
 
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    wanted = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        wanted.append(signal.SIGHUP)
+    old = {number: signal.signal(number, ask) for number in wanted}
     try:
         yield
     finally:
@@ -111,7 +154,8 @@ def report(supervisor: Supervisor, rundir: RunDirectory) -> None:
     text = [f"error: {failure.name}: {failure.reason}"]
     text += [f"  | {line}" for line in lines]
     text += [f"all logs: {kept}"]
-    sys.stderr.write("\n".join(text) + "\n")
+    with contextlib.suppress(OSError):  # nobody listens
+        sys.stderr.write("\n".join(text) + "\n")
 
 
 def _perform(action: Action, launcher: Launcher, watcher: Watcher) -> None:
