@@ -96,11 +96,11 @@ def read(raw: bytes, kind: Kind) -> Body:
     if kind == "generate":
         n, max_tokens = _sampling(fields.sampling_params)
         prompts = _batch(fields)
-        if fields.return_logprob not in (None, False):
+        if not (fields.return_logprob is None or fields.return_logprob is False):
             merge = "generate"
     elif kind == "completions":
         prompts = _count(fields.prompt, 1)
-        if fields.echo is True and fields.logprobs not in (None, False):
+        if fields.echo is True and not (fields.logprobs is None or fields.logprobs is False):
             merge = "completions"
     n = n if type(n) is int and n > 1 else 1  # anything else is the worker's to refuse
     samples = None if prompts is None and n == 1 else (prompts or 1) * n

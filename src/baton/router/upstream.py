@@ -59,7 +59,6 @@ class Call:
     """
 
     __slots__ = (
-        "_connecting",
         "_connection",
         "_paused",
         "chunks",
@@ -90,7 +89,6 @@ class Call:
         self.failure: Failure | None = None
         self._paused = False
         self._connection: Connection | None = None
-        self._connecting: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else self.failure.fault.value if self.failure else "open"
@@ -130,15 +128,13 @@ class Call:
         if self.done:
             return
         self.failure = Failure(Fault.CANCELLED, "cancelled")
-        if self._connecting is not None:
-            self._connecting.cancel()
         if self._connection is not None:
             self._connection.drop()
 
     # --- for Connection and Pool
 
     def _bind(self, connection: Connection) -> None:
-        self._connection, self._connecting = connection, None
+        self._connection = connection
 
     def _add(self, data: bytes) -> None:
         self.chunks.append(data)
@@ -146,7 +142,7 @@ class Call:
         self.received += len(data)
 
     def _end(self, failure: Failure | None) -> None:
-        self._connection = self._connecting = None
+        self._connection = None
         if self.done:
             return
         if failure is None:
@@ -158,10 +154,23 @@ class Call:
 class Connection(asyncio.Protocol):
     """One socket to a worker with its parser; carries one call at a time."""
 
-    __slots__ = ("_call", "_delimited", "_head", "_parser", "_pool", "_spent", "_transport", "reused", "since")
+    __slots__ = (
+        "_call",
+        "_delimited",
+        "_first",
+        "_head",
+        "_parser",
+        "_pool",
+        "_spent",
+        "_transport",
+        "reused",
+        "since",
+    )
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, first: Call) -> None:
         self._pool = pool
+        self._first: Call | None = first
+        """What it was opened for; sent as soon as it stands. If that was cancelled meanwhile, the next call gets it."""
         self._parser = httptools.HttpResponseParser(self)
         self._call: Call | None = None
         self._transport = cast(asyncio.Transport, None)
@@ -196,6 +205,11 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._pool._opened(self)
+        call, self._first = self._first, None
+        if call is None or call.done:
+            self._pool._back(self)
+        else:
+            self.start(call)
 
     def data_received(self, data: bytes) -> None:
         call = self._call
@@ -298,7 +312,7 @@ class Pool:
         self._ssl = (ssl_context or ssl.create_default_context()) if origin.tls else None
         self._idle: list[Connection] = []
         self._all: set[Connection] = set()
-        self._connecting: set[asyncio.Task[None]] = set()
+        self._connecting: dict[asyncio.Task[None], Call] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._emptied: asyncio.Future[None] | None = None
@@ -309,6 +323,10 @@ class Pool:
     @property
     def open_connections(self) -> int:
         return len(self._all)
+
+    @property
+    def idle_connections(self) -> int:
+        return len(self._idle)
 
     def now(self) -> float:
         assert self._loop is not None
@@ -327,9 +345,8 @@ class Pool:
                 connection.start(call)
                 return call
         task = self._loop.create_task(self._connect(call))
-        call._connecting = task
-        self._connecting.add(task)
-        task.add_done_callback(self._connecting.discard)
+        self._connecting[task] = call
+        task.add_done_callback(self._connecting.pop)
         return call
 
     def discard_idle(self) -> None:
@@ -354,11 +371,13 @@ class Pool:
     async def close(self) -> None:
         """Close everything; calls in progress fail. Idempotent."""
         self._closed = True
-        connecting = list(self._connecting)
+        connecting = dict(self._connecting)
         for task in connecting:
             task.cancel()
         if connecting:
             await asyncio.wait(connecting)
+        for call in connecting.values():  # a task that had not even begun told nobody
+            self._refused(call, "the gateway is closing")
         for connection in list(self._all):
             connection._transport.abort()
         self._idle.clear()
@@ -368,28 +387,30 @@ class Pool:
 
     async def _connect(self, call: Call) -> None:
         assert self._loop is not None
-        host, port = self.origin.host, self.origin.port
+        connection = Connection(self, call)
+        tls_name = self.origin.host if self._ssl else None
+        message = ""
         try:
             if self._closed:
-                raise OSError("the pool is closed")
+                raise OSError("the gateway is closing")
             async with asyncio.timeout(self._connect_timeout):
-                _, connection = await self._loop.create_connection(
-                    lambda: Connection(self), host, port, ssl=self._ssl, server_hostname=host if self._ssl else None
+                await self._loop.create_connection(
+                    lambda: connection, self.origin.host, self.origin.port, ssl=self._ssl, server_hostname=tls_name
                 )
         except TimeoutError:
             message = f"no connection within {self._connect_timeout:g} s"
         except OSError as error:
             message = f"no connection ({error.strerror or error})"
-        except asyncio.CancelledError:
-            if not call.done:  # the pool is closing; a cancelled call knows already
-                call._end(Failure(Fault.REFUSED, "the gateway is closing"))
-                call.notify(call)
-            return
-        else:
-            connection.start(call)
-            return
-        call._end(Failure(Fault.REFUSED, message))
-        call.notify(call)
+        except asyncio.CancelledError:  # only `close` does that
+            message = "the gateway is closing"
+        if message:
+            self._lost(connection)  # the loop closes a half-made one, and says nothing to it
+            self._refused(call, message)
+
+    def _refused(self, call: Call, message: str) -> None:
+        if not call.done:
+            call._end(Failure(Fault.REFUSED, message))
+            call.notify(call)
 
     def _opened(self, connection: Connection) -> None:
         self.opened += 1

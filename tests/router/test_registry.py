@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import pytest
+
+from baton.base.errors import BadRequest, NotFound, Unavailable
+from baton.router.health import Limits
+from baton.router.origin import Origin
+from baton.router.registry import Registry, Role, Worker
+from baton.router.router import Router, RouterOptions
+from baton.router.upstream import Pool
+from tests.router.mocks import Mock, hang, run, until
+
+
+def registry() -> tuple[Registry, list[Worker]]:
+    doubted: list[Worker] = []
+    return Registry(Limits(failures=2, cooldown=1.0), doubted.append), doubted
+
+
+def add(to: Registry, role: Role, port: int, *, up: bool = True) -> Worker:
+    origin = Origin("127.0.0.1", port, False)
+    worker = to.add(origin, role, None, Pool(origin, connect_timeout=1))
+    if up:
+        to.up(worker, 0.0)
+    return worker
+
+
+def test_loads_are_counted_at_dispatch_and_survive_a_new_snapshot() -> None:
+    known, _ = registry()
+    one, two = add(known, "decode", 1), add(known, "decode", 2)
+    known.charge(two, 100, 0.0)
+    assert known.snapshot.decode.loads == [0, 100]
+    known.down(one, "test", 0.0)
+    assert known.snapshot.decode.loads == [100]
+    known.charge(two, 50, 0.0)
+    assert known.snapshot.decode.loads == [150]
+    known.up(one, 0.0)
+    known.discharge(two, 100)
+    known.discharge(two, 50)
+    assert known.snapshot.decode.loads == [0, 0]
+    assert two.in_flight == 0
+
+
+def test_a_snapshot_never_changes_its_members() -> None:
+    known, _ = registry()
+    add(known, "prefill", 1)
+    before = known.snapshot
+    add(known, "prefill", 2)
+    assert len(before.prefill.workers) == 1
+    assert len(known.snapshot.prefill.workers) == 2
+
+
+def test_failures_take_a_worker_out_and_a_trial_brings_it_back() -> None:
+    known, doubted = registry()
+    worker = add(known, "decode", 1)
+    for _ in range(2):
+        known.failed(worker, "reset", 5.0)
+    assert known.snapshot.decode.workers == ()
+    assert doubted == [worker, worker]
+    known.refresh(6.0)
+    assert known.snapshot.decode.workers == (worker,)
+    known.charge(worker, 1, 6.0)  # the trial: nobody else meanwhile
+    assert known.snapshot.decode.workers == ()
+    known.succeeded(worker, 6.1)
+    assert known.snapshot.decode.workers == (worker,)
+    assert worker.errors == {"reset": 2}
+
+
+def test_a_restarted_worker_is_a_new_revision() -> None:
+    known, _ = registry()
+    worker = add(known, "prefill", 1, up=False)
+    for instance, revision in (("a", 1), ("a", 1), ("b", 2)):
+        known.learned(worker, instance, 9000, "m")
+        assert worker.revision == revision
+    assert worker.bootstrap_port == 9000
+
+
+def test_one_worker_per_address() -> None:
+    known, _ = registry()
+    worker = add(known, "prefill", 1)
+    with pytest.raises(BadRequest, match="registered already"):
+        add(known, "decode", 1)
+    assert known.find(worker.id) is known.find(worker.url) is worker
+    known.remove(worker, 0.0)
+    assert known.snapshot.prefill.workers == ()
+    with pytest.raises(NotFound):
+        known.find(worker.id)
+
+
+def test_two_by_two_uses_all_four_pairs_and_prefers_pairs_to_regular() -> None:
+    async def main() -> None:
+        router = Router(RouterOptions(), Random(1))
+        try:
+            for role, port in (("prefill", 1), ("prefill", 2), ("decode", 3), ("decode", 4), ("regular", 5)):
+                add(router.registry, role, port)  # type: ignore[arg-type]
+            pairs = Counter(
+                (t.prefill.origin.port if t.prefill else 0, t.answering.origin.port)
+                for t in (router.choose() for _ in range(40))
+            )
+            assert pairs == {(1, 3): 10, (1, 4): 10, (2, 3): 10, (2, 4): 10}
+            decodes = frozenset(router.registry.snapshot.decode.workers)
+            assert router.choose(decodes).answering.role == "regular"
+        finally:
+            await router.close()
+
+    run(main())
+
+
+def test_the_reason_nobody_can_serve_is_readable() -> None:
+    async def main() -> None:
+        router = Router(RouterOptions())
+        try:
+            with pytest.raises(Unavailable, match="no workers are registered"):
+                router.choose()
+            prefill = add(router.registry, "prefill", 1)
+            with pytest.raises(Unavailable, match="no decode worker is registered"):
+                router.choose()
+            add(router.registry, "decode", 2, up=False)
+            with pytest.raises(Unavailable, match=r"decode http://127.0.0.1:2 is down \(not checked yet\)"):
+                router.choose()
+            assert router.choose_one().answering is prefill
+        finally:
+            await router.close()
+
+    run(main())
+
+
+def test_the_monitor_learns_recovers_and_refuses_a_wrong_role() -> None:
+    async def main() -> None:
+        info = {"disaggregation_mode": "prefill", "disaggregation_bootstrap_port": 7001, "instance": "one"}
+        async with Mock(hang, info) as mock:
+            router = Router(RouterOptions())
+            try:
+                worker = router.add(mock.url, "prefill")
+                await until(lambda: worker.healthy)
+                assert (worker.bootstrap_port, worker.instance, worker.revision) == (7001, "one", 1)
+                await mock.stop()
+                router.registry.doubted(worker)
+                await until(lambda: not worker.healthy)
+                assert "refused" in worker.reason
+                mock.info = {**info, "instance": "two"}
+                await mock.start()
+                await until(lambda: worker.healthy)
+                assert (worker.instance, worker.revision) == ("two", 2)
+                await router.remove(worker)
+                wrong = router.add(mock.url, "decode")
+                await until(lambda: "says of itself" in wrong.reason)
+                assert not wrong.healthy
+            finally:
+                await router.close()
+
+    run(main())
