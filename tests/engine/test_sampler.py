@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from baton.base.errors import BadRequest
 from baton.base.messages import Grammar, Sampling
 from baton.engine.grammar import NoGrammars
-from baton.engine.sampler import NUCLEUS_FIRST, Sampler, uniform
+from baton.engine.sampler import NUCLEUS_FIRST, Sampler, invert_cumulative, uniform
 from baton.engine.sequence import Sequence
 
 VOCAB = 12
@@ -225,6 +225,13 @@ def test_a_large_vocabulary_is_filtered_exactly() -> None:
         distribution = filtered(row.tolist(), one.sampling)
         wanted, margin = invert(distribution, uniform(one.sampling.seed, one.total_len))
         assert token == wanted or margin < 1e-6
+
+
+@pytest.mark.parametrize(("number", "token"), [(0.0, 2), (0.25, 4), (0.5, 4), (1 - 2.0**-52, 4)])
+def test_what_has_no_weight_is_never_drawn(number: float, token: int) -> None:
+    """At the exact borders as well, where the weights before and after are zero."""
+    weights = torch.tensor([[0.0, 0.0, 1.0, 0.0, 3.0, 0.0]])
+    assert invert_cumulative(weights, torch.tensor([[number]], dtype=torch.float64)) == [token]
 
 
 # --- one by one --------------------------------------------------------------------------------------------------

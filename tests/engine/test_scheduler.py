@@ -226,10 +226,26 @@ def test_an_admission_leaves_the_running_their_next_page() -> None:
     scheduler = scheduler_of(pages=4, page_size=2, chunk=8)
     scheduler.add(sequence_of("old", [1, 2, 3, 4], 4))
     step(scheduler, EchoRunner())
-    scheduler.add(sequence_of("new", [5, 6, 7, 8], 2))
+    scheduler.add(sequence_of("new", [5, 6], 2))
     while list(scheduler):
         step(scheduler, EchoRunner())
     assert scheduler.retractions == 0
+
+
+def test_what_was_preempted_comes_back_when_all_of_it_fits() -> None:
+    """Else it would compute its first chunks again and again while somebody else holds the pages for the rest."""
+    scheduler = scheduler_of(pages=6, page_size=1, chunk=2)
+    held = scheduler.pool.take(3)
+    sequence = sequence_of("s", [1, 2, 3, 4, 5], 1)
+    scheduler.add(sequence)
+    assert step(scheduler, EchoRunner()) == [sequence]
+    for _ in range(3):
+        assert step(scheduler, EchoRunner()) == []
+    assert scheduler.retractions == 1
+    scheduler.pool.give_back(held)
+    while list(scheduler):
+        assert step(scheduler, EchoRunner()) == [sequence]
+    assert scheduler.retractions == 1
 
 
 def test_what_was_preempted_comes_back_before_new_reservations() -> None:

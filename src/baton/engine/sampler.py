@@ -201,7 +201,7 @@ def _draw(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
         if kept is not None:
             weights[filtered] = kept
     numbers = [uniform(s.sampling.seed, s.total_len) for s in sequences]
-    return _invert(weights, _tensor(numbers, torch.float64, device)[:, None])
+    return invert_cumulative(weights, _tensor(numbers, torch.float64, device)[:, None])
 
 
 def _filtered(sampling: Sampling, vocab_size: int) -> bool:
@@ -249,10 +249,10 @@ def _ascending(values: Tensor) -> Tensor:
     return values.sort(-1).values
 
 
-def _invert(weights: Tensor, numbers: Tensor) -> list[int]:
+def invert_cumulative(weights: Tensor, numbers: Tensor) -> list[int]:
     """The token at which the cumulative weight of each row [rows, vocab] passes `numbers` [rows, 1] in [0, 1).
 
-    In double precision, so that rounding moves no border between two tokens visibly.
+    A token without weight is never it. In double precision: no border between two tokens is moved visibly.
     """
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     index = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)
