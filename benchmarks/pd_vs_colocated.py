@@ -226,7 +226,7 @@ def main() -> int:
         if after and not args.no_ours:
             measure_ours(args, logs, arms, loads, after, extra)
     except (KeyboardInterrupt, NotReady) as error:
-        note(f"stopped early: {error or 'interrupted'}")
+        note(f"stopped early: {error if str(error) else 'interrupted'}")
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
     console = Console(width=150)
     for load in loads:

@@ -1,6 +1,6 @@
 """One Baton worker against one vLLM instance, two threads each, on the same machine, in turns, in one run.
 
-    python benchmarks/vs_vllm.py --vllm PEERS/vllm            about ten minutes
+    python benchmarks/vs_vllm.py --vllm PEERS/vllm            about fifteen minutes
     python benchmarks/vs_vllm.py --vllm PEERS/vllm --quick    a check that it works
 
 Three loads: the prefill of 1,024 tokens; decode alone, one request; 16 requests at once of 256 tokens in and 64 to 128
@@ -177,7 +177,7 @@ def main() -> int:
                     for arm in arms if number % 2 == 0 else list(reversed(arms)):
                         arm.turn(load, seed=number)
     except (KeyboardInterrupt, NotReady) as error:
-        note(f"stopped early: {error or 'interrupted'}")
+        note(f"stopped early: {error if str(error) else 'interrupted'}")
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
     Console(width=150).print(table(arms, all_loads))
     sys.stdout.write(document(arms, all_loads, conditions, extra) + "\n")

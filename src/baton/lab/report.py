@@ -70,13 +70,20 @@ def _cpuinfo(field: str) -> str:
 
 
 def _git() -> str:
-    """Only of a working tree that this file is part of; an installed package has none."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    """Only where this file is tracked: a virtual environment inside of somebody's repository says nothing about us."""
+    here = Path(__file__)
+    if _run_git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return ""
+    return _run_git(here.parent, "describe", "--always", "--dirty=+", "--exclude=*") or ""
+
+
+def _run_git(directory: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(directory), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 @dataclass(frozen=True, slots=True)
