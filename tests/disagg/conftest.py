@@ -10,7 +10,7 @@ from baton.transports.loopback import LoopbackTransport, Network
 from baton.transports.region import Region
 from tests.disagg.pair import Pair, worker
 
-TRANSPORTS = ("loopback", "shm")
+TRANSPORTS = ("loopback", "shm", "tcp")
 
 
 @pytest.fixture

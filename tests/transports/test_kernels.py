@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import xxhash
@@ -15,10 +17,12 @@ SIZE = 1 << 17
 
 
 @pytest.fixture(scope="module")
-def regions() -> tuple[Region, Region]:
+def regions() -> Iterator[tuple[Region, Region]]:
     source, target = Region.create(SIZE), Region.create(SIZE)
     np.frombuffer(source.memory, np.uint8)[:] = np.random.default_rng(0).integers(0, 256, SIZE, dtype=np.uint8)
-    return source, target
+    yield source, target
+    source.close()
+    target.close()
 
 
 LENGTHS = st.one_of(st.integers(1, 5000), st.sampled_from([240, 241, 1024, 1025, 2048, 16384]))

@@ -16,13 +16,12 @@ from typing import Any
 from baton.base.errors import ConfigError
 from baton.base.messages import Codec, CodecError, Message
 from baton.disagg.wire import HEADER, MAX_FRAME, MAX_GREETING
+from baton.transports.lively import make_lively
 from baton.transports.reactor import READ, WRITE, Reactor
 
 log = logging.getLogger("baton.disagg")
 
 CONNECT_TIMEOUT = 5.0
-SILENCE_MS = 10_000
-"""A peer whose host does not acknowledge for this long is dead."""
 MAX_UNSENT = 64 << 20
 MAX_STRANGERS = 64
 """Connections that have not said Hello; one more closes the oldest."""
@@ -226,22 +225,6 @@ def listen(host: str, port: int) -> socket.socket:
             "another port, or 0 for any free one, may do"
         ) from error
     return listener
-
-
-def make_lively(connection: socket.socket) -> None:
-    """Small messages at once; a host that has vanished is noticed."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    wanted = (
-        ("TCP_NODELAY", 1),
-        ("TCP_KEEPIDLE", 4),
-        ("TCP_KEEPINTVL", 2),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", SILENCE_MS),
-    )
-    for name, value in wanted:
-        option = getattr(socket, name, None)  # not every OS has all of them
-        if option is not None:
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def name_of(connection: socket.socket) -> str:

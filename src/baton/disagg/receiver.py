@@ -111,6 +111,8 @@ class Receiver:
         follows."""
         self._retired = [route for route in self._retired if not route.settled]
         route = self._routes.get((host, port))
+        if route is not None and route.cut:
+            route.close("the way for pages is broken")
         if route is None or route.over:
             if route is not None:
                 self._retired.append(route)
@@ -171,6 +173,11 @@ class Route:
         """How many pages of this attempt are here."""
         arrival = self._arrivals.get(epoch)
         return 0 if arrival is None else arrival.next
+
+    @property
+    def cut(self) -> bool:
+        """The control connection stands, but the way for pages does not."""
+        return self.up and self._grants[self.way].settled
 
     @property
     def settled(self) -> bool:

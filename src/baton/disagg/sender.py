@@ -265,15 +265,20 @@ class Mover:
 
     def _landed(self, stream: Stream, first: int, write: Write) -> None:
         if write.state is not WriteState.DONE:
-            if not stream.failed:
-                stream.failed = True
-                self._inbox.post(Broken(stream, write.error))
+            self._fail(stream, write)
             return
         digests = write.digests.astype("<u8").tobytes()
         stream.digests += digests
         stream.bytes += write.bytes
         if not (stream.stop or stream.failed):
             self._link.send(Landed(stream.offer.room, stream.offer.epoch, first, digests))
+
+    def _fail(self, stream: Stream, write: Write) -> None:
+        if not stream.failed:
+            stream.failed = True
+            self._inbox.post(Broken(stream, write.error))
+        if self._peer is not None and not self._peer.alive:
+            self._link.close(write.error)  # the way is broken, D may come back by another
 
     def _reap(self) -> None:
         """Take from the front of the line what has ended."""
@@ -285,9 +290,7 @@ class Mover:
             return True
         if entry.write.state is not WriteState.FAILED_UNSETTLED:
             return entry.write.state is not WriteState.RUNNING
-        if not entry.stream.failed:
-            entry.stream.failed = True
-            self._inbox.post(Broken(entry.stream, entry.write.error))
+        self._fail(entry.stream, entry.write)
         return self._peer.quiesce(POLL)
 
     def _run(self, connect: Callable[[], Peer | None]) -> None:

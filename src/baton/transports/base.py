@@ -29,6 +29,7 @@ from baton.transports.region import Region
 
 TRANSPORTS = {
     "shm": "baton.transports.shm:ShmTransport",
+    "tcp": "baton.transports.tcp:TcpTransport",
 }
 """In order of preference. Each is made with (region, wake)."""
 
@@ -74,6 +75,11 @@ class Capabilities:
 
 class Peer(Protocol):
     """P's end: the region of one D, as far as its grant goes."""
+
+    @property
+    def alive(self) -> bool:
+        """False: no write will ever succeed again; connect anew."""
+        ...
 
     def write(self, pieces: Pieces, tag: int) -> Write:
         """Copy pieces of our region into theirs ([n, 3]: our offset, their offset, bytes). May return at once or when
@@ -126,7 +132,7 @@ class Transport(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     def grant(self, near: str) -> Grant:
-        """Let one peer in; `near` is our own address on the network that leads to it."""
+        """Let one peer in; `near` is our own address on the network that leads to it. Raises `OSError`."""
         ...
 
     def connect(self, description: bytes) -> Peer:

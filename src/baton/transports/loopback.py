@@ -73,13 +73,13 @@ class LoopbackPeer:
     def __init__(self, region: Region, grant: LoopbackGrant) -> None:
         self._source = region
         self._grant = grant
-        self._closed = False
+        self.alive = True
 
     def write(self, pieces: Pieces, tag: int) -> Write:
         write = Write(tag, int(pieces[:, 2].sum()))
         target, windows = self._grant.region, self._grant.windows
         with windows.lock:
-            if self._closed:
+            if not self.alive:
                 write.end(WriteState.FAILED_SETTLED, "loopback: the peer was closed")
             elif why := outside(pieces, self._source.size, target.size):
                 write.end(WriteState.FAILED_SETTLED, f"loopback: {why}")
@@ -97,6 +97,6 @@ class LoopbackPeer:
         return True
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
+        if self.alive:
+            self.alive = False
             self._grant.revoke()

@@ -246,6 +246,10 @@ class ShmPeer:
             self._connection.close()
             raise TransportError(f"shm: {error}") from error
 
+    @property
+    def alive(self) -> bool:
+        return self._target is not None
+
     def write(self, pieces: Pieces, tag: int) -> Write:
         write = Write(tag, int(pieces[:, 2].sum()))
         with self._lock:
