@@ -17,10 +17,13 @@ import xxhash
 from baton.base.config import EngineConfig
 from baton.base.errors import ConfigError
 from baton.base.layout import KVLayout
-from baton.engine.attention import IMPLEMENTATION, PlainAttention
+from baton.engine.attention import IMPLEMENTATION, Attention, PlainAttention, Spec, cpu
+from baton.engine.fuse import fuse
 from baton.engine.grammar import Grammars, NoGrammars
+from baton.engine.kernels import Team
 from baton.engine.kv_pool import DTYPES, KVPool, pool_bytes
 from baton.engine.model_runner import EagerForward, ModelRunner
+from baton.engine.quantize import narrow_linears
 from baton.engine.sampler import Sampler
 
 GIB = 2**30
@@ -45,6 +48,7 @@ class Shape:
 
     architectures: tuple[str, ...]
     layers: int
+    heads: int
     kv_heads: int
     head_dim: int
     vocab_size: int
@@ -78,12 +82,18 @@ def build_runner(config: EngineConfig, memory: Callable[[int], memoryview] | Non
     torch.set_num_threads(resolved.threads)
     model = load_model(settings, resolved, config.load_format)
     layout = kv_layout(shape, resolved, config)
+    team = Team(resolved.threads) if resolved.device.type == "cpu" and resolved.dtype == "float32" else None
+    check_windows(settings, fuse(model, layout, shape.heads, team))
+    if team is not None:
+        narrow_linears(model, resolved.weight_dtype, team)
     num_pages = count_pages(config, layout, resolved.device)
     buffer = memory(pool_bytes(layout, num_pages)) if memory is not None and resolved.device.type == "cpu" else None
     pool = KVPool(layout, num_pages, buffer, resolved.device)
     eos = eos_token_ids(resolved.path, settings)
     sampler = Sampler(shape.vocab_size, eos, _grammars(resolved.path))
-    runner = ModelRunner(EagerForward(model), PlainAttention(pool), sampler, config.page_size, resolved.device)
+    runner = ModelRunner(
+        EagerForward(model), _attention(pool, shape.heads, team), sampler, config.page_size, resolved.device
+    )
     return Built(
         runner,
         pool,
@@ -96,6 +106,12 @@ def build_runner(config: EngineConfig, memory: Callable[[int], memoryview] | Non
         resolved.weight_dtype,
         str(resolved.device),
     )
+
+
+def _attention(pool: KVPool, heads: int, team: Team | None) -> Attention:
+    if team is not None and cpu.supports(pool, heads):
+        return cpu.CpuAttention(pool, heads, team)
+    return PlainAttention(pool, heads)
 
 
 # --- decisions ---------------------------------------------------------------------------------------------------
@@ -181,6 +197,7 @@ def shape_of(config: Any) -> Shape:
     return Shape(
         tuple(config.architectures or (config.model_type,)),
         config.num_hidden_layers,
+        heads,
         getattr(config, "num_key_value_heads", None) or heads,
         getattr(config, "head_dim", None) or config.hidden_size // heads,
         config.vocab_size,
@@ -214,6 +231,13 @@ def load_model(config: Any, resolved: Resolved, load_format: str) -> torch.nn.Mo
     model = model.to(resolved.device).eval().requires_grad_(False)
     assert isinstance(model, torch.nn.Module)
     return model
+
+
+def check_windows(config: Any, specs: dict[int, Spec]) -> None:
+    """Raises `ConfigError` if a layer that should see a window only does not say so when it calls for attention."""
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind == "sliding_attention" and not specs[layer].window:
+            raise ConfigError(f"layer {layer} of {config.model_type} hides its sliding window in a mask; not supported")
 
 
 def eos_token_ids(path: Path, config: Any) -> tuple[int, ...]:

@@ -5,8 +5,8 @@ plain       plain torch, any device and dtype: the yardstick the kernels are tes
 interface   the function that Transformers' models call
 """
 
-from baton.engine.attention.base import Attention, Rows, Spec, Step, lay_out
+from baton.engine.attention.base import Attention, HeadTransform, Rows, Spec, Step, lay_out
 from baton.engine.attention.interface import IMPLEMENTATION
 from baton.engine.attention.plain import PlainAttention
 
-__all__ = ["IMPLEMENTATION", "Attention", "PlainAttention", "Rows", "Spec", "Step", "lay_out"]
+__all__ = ["IMPLEMENTATION", "Attention", "HeadTransform", "PlainAttention", "Rows", "Spec", "Step", "lay_out"]

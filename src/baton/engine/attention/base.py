@@ -54,6 +54,19 @@ class Rows:
         return len(self.positions)
 
 
+@dataclass(frozen=True, slots=True)
+class HeadTransform:
+    """What happens to query and key heads before attention: RMS norm (where there are weights), then rotation."""
+
+    cos: Tensor
+    """[rows, head_dim], as `sin`: contiguous."""
+    sin: Tensor
+    query_norm: Tensor | None = None
+    """[head_dim], as `key_norm`: both or none."""
+    key_norm: Tensor | None = None
+    eps: float = 0.0
+
+
 class Step(Protocol):
     """One forward step. Handed down through the model, called once per layer."""
 
@@ -61,6 +74,13 @@ class Step(Protocol):
         """Write the rows' KV into their pages, then let every row see its sequence up to itself.
 
         query [rows, heads, head_dim], key and value [rows, kv_heads, head_dim] -> [rows, heads, head_dim].
+        """
+        ...
+
+    def attend_merged(self, spec: Spec, merged: Tensor, transform: HeadTransform) -> Tensor:
+        """The same for query, key and value side by side, before their norm and rotation.
+
+        merged [rows, (heads + 2 * kv_heads) * head_dim], may be overwritten -> [rows, heads * head_dim].
         """
         ...
 

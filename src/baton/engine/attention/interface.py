@@ -37,6 +37,8 @@ def paged_attention(
     for name in FOREIGN:
         if rest.get(name) is not None:
             raise ConfigError(f"{type(module).__name__} uses attention with {name}, which this engine does not know")
+    if not module.is_causal:
+        raise ConfigError(f"{type(module).__name__} attends in both directions; this engine generates text")
     spec = Spec(
         _layer(module), query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0
     )

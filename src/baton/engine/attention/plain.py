@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from baton.engine.attention.base import Rows, Spec
+from baton.base.layout import KVLayout
+from baton.engine.attention.base import HeadTransform, Rows, Spec
 from baton.engine.kv_pool import KVPool
 
 
 class PlainAttention:
-    def __init__(self, pool: KVPool) -> None:
+    def __init__(self, pool: KVPool, heads: int) -> None:
         self.pool = pool
+        self.heads = heads
 
     def begin(self, rows: Rows) -> PlainStep:
-        return PlainStep(self.pool, rows)
+        return PlainStep(self.pool, self.heads, rows)
 
 
 class PlainStep:
-    def __init__(self, pool: KVPool, rows: Rows) -> None:
+    def __init__(self, pool: KVPool, heads: int, rows: Rows) -> None:
         self.pool = pool
+        self.heads = heads
         self.rows = rows
         device = pool.pages.device
         self._pages = torch.from_numpy(rows.pages).long().to(device)
@@ -39,6 +43,9 @@ class PlainStep:
             outputs.append(_attend(spec, query[rows], keys, values, self._positions[rows]))
         return torch.cat(outputs)
 
+    def attend_merged(self, spec: Spec, merged: Tensor, transform: HeadTransform) -> Tensor:
+        return self.attend(spec, *split_merged(merged, self.pool.layout, self.heads, transform)).flatten(1)
+
     def _write(self, layer: int, key: Tensor, value: Tensor) -> None:
         pages = self.pool.layer(layer)
         pages[self._row_pages, 0, :, self._row_offsets] = key.to(pages.dtype)
@@ -50,6 +57,28 @@ class PlainStep:
         pages = self.pool.layer(layer)[self._pages[index, :used]]  # [used, 2, kv_heads, page_size, head_dim]
         keys, values = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
         return keys, values
+
+
+def split_merged(
+    merged: Tensor, layout: KVLayout, heads: int, transform: HeadTransform
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query [rows, heads, head_dim], key and value [rows, kv_heads, head_dim], normed and rotated."""
+    parts = merged.view(merged.shape[0], -1, layout.head_dim)
+    query, key, value = torch.split(parts, [heads, layout.kv_heads, layout.kv_heads], 1)
+    query = _rotate(_norm(query, transform.query_norm, transform.eps), transform)
+    return query, _rotate(_norm(key, transform.key_norm, transform.eps), transform), value
+
+
+def _norm(heads: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        return heads
+    return F.rms_norm(heads.float(), weight.shape, weight.float(), eps).to(heads.dtype)
+
+
+def _rotate(heads: Tensor, transform: HeadTransform) -> Tensor:
+    half = heads.shape[-1] // 2
+    turned = torch.cat((-heads[..., half:], heads[..., :half]), -1)
+    return heads * transform.cos[:, None] + turned * transform.sin[:, None]
 
 
 def _attend(spec: Spec, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:

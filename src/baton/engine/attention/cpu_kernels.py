@@ -1,0 +1,323 @@
+"""The CPU attention kernels, float32, made for one head size and one number of query heads per KV head.
+
+A token's K of one KV head is `head_dim` floats, that many floats into the pool:
+
+    page * page_floats + layer_floats + kv_head * page_size * head_dim + (position % page_size) * head_dim
+
+and its V is `kv_heads * page_size * head_dim` further on. Query, key and value come as rows of one matrix (or of
+three), `*_stride` floats apart, not rotated yet where cos and sin are given.
+
+Places are byte addresses, and every vector is an array made at its address: an array that is indexed with a computed
+(maybe negative, for all the compiler knows) offset would not be vectorised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import carray, types
+
+from baton.engine.kernels import exp, f32, floats, inline, ints, pointer, take, tanh
+
+TILE = 192
+"""Query rows (positions x group) of one prefill task: the vector loops run over them."""
+BLOCK = 64
+"""Keys that are scored before the softmax is brought up to date."""
+NEVER = f32(-1e30)
+"""A score that no softmax notices."""
+
+WORDS = "qqqqqqqqqqqqqqqqqqqqqqqqqqdddd"
+"""Shared by all kernels of this file; see `Call` in cpu.py for their names."""
+
+
+def _transform(place: Any, weights: Any, eps: Any, cos: Any, sin: Any, head_dim: Any) -> None:
+    """RMS norm (if there are weights) and rotary embedding (if there are angles) of one head, in place."""
+    data = floats(place, head_dim)
+    if weights != 0:
+        weight = floats(weights, head_dim)
+        total = f32(0.0)
+        for d in range(head_dim):
+            total += data[d] * data[d]
+        factor = f32(1.0) / np.sqrt(total / f32(head_dim) + eps)
+        for d in range(head_dim):
+            data[d] = data[d] * factor * weight[d]
+    if cos != 0:
+        half = head_dim // 2
+        low, high = floats(place, half), floats(place + 4 * half, half)
+        cos_low, cos_high = floats(cos, half), floats(cos + 4 * half, half)
+        sin_low, sin_high = floats(sin, half), floats(sin + 4 * half, half)
+        for d in range(half):
+            x, y = low[d], high[d]
+            low[d] = x * cos_low[d] - y * sin_low[d]
+            high[d] = y * cos_high[d] + x * sin_high[d]
+
+
+transform = inline(_transform)
+
+
+def make_write(head_dim: int, group: int) -> Callable[[Any], None]:
+    """Transforms query and key in place and writes key and value into the pages. A task is a run of rows."""
+
+    def write(raw: Any) -> None:
+        words = carray(raw, (64,), types.int64)
+        numbers = carray(raw, (64,), types.float64)
+        rows, run, kv_heads, page_size = words[1], words[2], words[3], words[4]
+        page_floats, layer_floats = words[5], words[6]
+        q_stride, k_stride, v_stride = words[7], words[8], words[9]
+        slots = carray(pointer(words[18]), (rows,), types.int64)
+        eps = f32(numbers[27])
+        half_bytes = 4 * kv_heads * page_size * head_dim
+        while True:
+            first = take(raw) * run
+            if first >= rows:
+                break
+            for row in range(first, min(first + run, rows)):
+                cos = words[14] + 4 * row * head_dim if words[14] != 0 else 0
+                sin = words[15] + 4 * row * head_dim
+                page, offset = slots[row] // page_size, slots[row] % page_size
+                place = words[10] + 4 * (page * page_floats + layer_floats + offset * head_dim)
+                for head in range(kv_heads * group):
+                    transform(words[11] + 4 * (row * q_stride + head * head_dim), words[16], eps, cos, sin, head_dim)
+                for head in range(kv_heads):
+                    source = words[12] + 4 * (row * k_stride + head * head_dim)
+                    transform(source, words[17], eps, cos, sin, head_dim)
+                    key = floats(source, head_dim)
+                    value = floats(words[13] + 4 * (row * v_stride + head * head_dim), head_dim)
+                    kept_key = floats(place + 4 * head * page_size * head_dim, head_dim)
+                    kept_value = floats(place + 4 * head * page_size * head_dim + half_bytes, head_dim)
+                    for d in range(head_dim):
+                        kept_key[d] = key[d]
+                    for d in range(head_dim):
+                        kept_value[d] = value[d]
+
+    return write
+
+
+def make_decode(head_dim: int, group: int) -> Callable[[Any], None]:
+    """One query position per sequence. A task is (row, KV head): its keys and values are read once for the group."""
+
+    def decode(raw: Any) -> None:
+        words = carray(raw, (64,), types.int64)
+        numbers = carray(raw, (64,), types.float64)
+        rows, kv_heads, page_size = words[1], words[3], words[4]
+        page_floats, layer_floats = words[5], words[6]
+        q_stride = words[7]
+        pages, most_pages = ints(words[20], 1 << 60), words[21]
+        starts = ints(words[22], rows)
+        window = words[23]
+        scale, softcap = f32(numbers[28]), f32(numbers[29])
+        half_bytes = 4 * kv_heads * page_size * head_dim
+        scores = np.empty((group, BLOCK), np.float32)
+        sums = np.empty((group, head_dim), np.float32)
+        scaled = np.empty((group, head_dim), np.float32)
+        most = np.empty(group, np.float32)
+        total = np.empty(group, np.float32)
+        base = np.empty(BLOCK, np.int64)
+        while True:
+            task = take(raw)
+            if task >= rows * kv_heads:
+                break
+            row, head = task // kv_heads, task % kv_heads
+            end = starts[row] + 1
+            begin = max(0, end - window) if window > 0 else 0
+            for g in range(group):
+                most[g], total[g] = NEVER, f32(0.0)
+                query = floats(words[11] + 4 * (row * q_stride + (head * group + g) * head_dim), head_dim)
+                for d in range(head_dim):
+                    scaled[g, d] = query[d] * scale
+                    sums[g, d] = f32(0.0)
+            head_place = words[10] + 4 * (layer_floats + head * page_size * head_dim)
+            for block in range(begin, end, BLOCK):
+                count = min(BLOCK, end - block)
+                for j in range(count):
+                    position = block + j
+                    page = np.int64(pages[row * most_pages + position // page_size])
+                    base[j] = head_place + 4 * (page * page_floats + position % page_size * head_dim)
+                for j in range(count):
+                    key = floats(base[j], head_dim)
+                    for g in range(group):
+                        score = f32(0.0)
+                        for d in range(head_dim):
+                            score += scaled[g, d] * key[d]
+                        scores[g, j] = score
+                for g in range(group):
+                    if softcap > f32(0.0):
+                        for j in range(count):
+                            scores[g, j] = softcap * tanh(scores[g, j] / softcap)
+                    best = most[g]
+                    for j in range(count):
+                        best = max(best, scores[g, j])
+                    keep = exp(most[g] - best)
+                    added = f32(0.0)
+                    for j in range(count):
+                        weight = exp(scores[g, j] - best)
+                        scores[g, j] = weight
+                        added += weight
+                    most[g] = best
+                    total[g] = total[g] * keep + added
+                    for d in range(head_dim):
+                        sums[g, d] *= keep
+                whole = count // 4 * 4
+                for j in range(0, whole, 4):
+                    v0, v1 = floats(base[j] + half_bytes, head_dim), floats(base[j + 1] + half_bytes, head_dim)
+                    v2, v3 = floats(base[j + 2] + half_bytes, head_dim), floats(base[j + 3] + half_bytes, head_dim)
+                    for g in range(group):
+                        w0, w1, w2, w3 = scores[g, j], scores[g, j + 1], scores[g, j + 2], scores[g, j + 3]
+                        for d in range(head_dim):
+                            sums[g, d] += w0 * v0[d] + w1 * v1[d] + w2 * v2[d] + w3 * v3[d]
+                for j in range(whole, count):
+                    v0 = floats(base[j] + half_bytes, head_dim)
+                    for g in range(group):
+                        w0 = scores[g, j]
+                        for d in range(head_dim):
+                            sums[g, d] += w0 * v0[d]
+            for g in range(group):
+                out = floats(words[19] + 4 * (row * kv_heads * group + head * group + g) * head_dim, head_dim)
+                factor = f32(1.0) / total[g]
+                for d in range(head_dim):
+                    out[d] = sums[g, d] * factor
+
+    return decode
+
+
+def _score(scores: Any, queries: Any, base: Any, head_dim: Any) -> None:
+    """scores[j, r] = sum over d of K[j, d] * queries[d, r], for BLOCK keys."""
+    for j in range(0, BLOCK, 4):
+        a, b = floats(base[j], head_dim), floats(base[j + 1], head_dim)
+        c, e = floats(base[j + 2], head_dim), floats(base[j + 3], head_dim)
+        s0, s1, s2, s3 = scores[j], scores[j + 1], scores[j + 2], scores[j + 3]
+        for r in range(TILE):
+            s0[r] = f32(0.0)
+            s1[r] = f32(0.0)
+            s2[r] = f32(0.0)
+            s3[r] = f32(0.0)
+        for d in range(0, head_dim, 4):
+            q0, q1, q2, q3 = queries[d], queries[d + 1], queries[d + 2], queries[d + 3]
+            k00, k01, k02, k03 = a[d], a[d + 1], a[d + 2], a[d + 3]
+            k10, k11, k12, k13 = b[d], b[d + 1], b[d + 2], b[d + 3]
+            k20, k21, k22, k23 = c[d], c[d + 1], c[d + 2], c[d + 3]
+            k30, k31, k32, k33 = e[d], e[d + 1], e[d + 2], e[d + 3]
+            for r in range(TILE):
+                x0, x1, x2, x3 = q0[r], q1[r], q2[r], q3[r]
+                s0[r] += k00 * x0 + k01 * x1 + k02 * x2 + k03 * x3
+                s1[r] += k10 * x0 + k11 * x1 + k12 * x2 + k13 * x3
+                s2[r] += k20 * x0 + k21 * x1 + k22 * x2 + k23 * x3
+                s3[r] += k30 * x0 + k31 * x1 + k32 * x2 + k33 * x3
+
+
+def _gather(sums: Any, weights: Any, base: Any, head_dim: Any) -> None:
+    """sums[d, r] += sum over j of V[j, d] * weights[j, r], for BLOCK values."""
+    for d in range(0, head_dim, 4):
+        o0, o1, o2, o3 = sums[d], sums[d + 1], sums[d + 2], sums[d + 3]
+        for j in range(0, BLOCK, 4):
+            w0, w1, w2, w3 = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
+            a, b = floats(base[j] + 4 * d, 4), floats(base[j + 1] + 4 * d, 4)
+            c, e = floats(base[j + 2] + 4 * d, 4), floats(base[j + 3] + 4 * d, 4)
+            v00, v01, v02, v03 = a[0], b[0], c[0], e[0]
+            v10, v11, v12, v13 = a[1], b[1], c[1], e[1]
+            v20, v21, v22, v23 = a[2], b[2], c[2], e[2]
+            v30, v31, v32, v33 = a[3], b[3], c[3], e[3]
+            for r in range(TILE):
+                x0, x1, x2, x3 = w0[r], w1[r], w2[r], w3[r]
+                o0[r] += v00 * x0 + v01 * x1 + v02 * x2 + v03 * x3
+                o1[r] += v10 * x0 + v11 * x1 + v12 * x2 + v13 * x3
+                o2[r] += v20 * x0 + v21 * x1 + v22 * x2 + v23 * x3
+                o3[r] += v30 * x0 + v31 * x1 + v32 * x2 + v33 * x3
+
+
+score_block = inline(_score)
+gather_block = inline(_gather)
+
+
+def make_prefill(head_dim: int, group: int) -> Callable[[Any], None]:
+    """Many query positions per sequence. A task is (tile of positions, KV head), computed transposed: keys and values
+    are scalars straight from their pages, and the vectors run along the tile's TILE query rows."""
+    span = TILE // group
+
+    def prefill(raw: Any) -> None:
+        words = carray(raw, (64,), types.int64)
+        numbers = carray(raw, (64,), types.float64)
+        tiles, kv_heads, page_size = words[1], words[3], words[4]
+        page_floats, layer_floats = words[5], words[6]
+        q_stride = words[7]
+        pages, most_pages = ints(words[20], 1 << 60), words[21]
+        table = carray(pointer(words[22]), (tiles, 4), types.int32)  # slice, first row, first position, count
+        window = words[23]
+        scale, softcap = f32(numbers[28]), f32(numbers[29])
+        half_bytes = 4 * kv_heads * page_size * head_dim
+        queries = np.empty((head_dim, TILE), np.float32)
+        sums = np.empty((head_dim, TILE), np.float32)
+        scores = np.empty((BLOCK, TILE), np.float32)
+        most = np.empty(TILE, np.float32)
+        best = np.empty(TILE, np.float32)
+        total = np.empty(TILE, np.float32)
+        position_of = np.empty(TILE, np.int32)
+        base = np.empty(BLOCK, np.int64)
+        while True:
+            task = take(raw)
+            if task >= tiles * kv_heads:
+                break
+            head = task % kv_heads
+            tile = table[task // kv_heads]
+            owner, first_row, first, count = np.int64(tile[0]), np.int64(tile[1]), np.int64(tile[2]), np.int64(tile[3])
+            end = first + count
+            begin = max(0, first - window + 1) if window > 0 else 0
+            for r in range(TILE):
+                at = min(r // group, count - 1)
+                position_of[r] = first + at
+                column = (head * group + r % group) * head_dim
+                query = floats(words[11] + 4 * ((first_row + at) * q_stride + column), head_dim)
+                for d in range(head_dim):
+                    queries[d, r] = query[d] * scale
+                most[r], total[r] = NEVER, f32(0.0)
+            sums[:] = f32(0.0)
+            head_place = words[10] + 4 * (layer_floats + head * page_size * head_dim)
+            for block in range(begin, end, BLOCK):
+                for j in range(BLOCK):
+                    position = min(block + j, end - 1)
+                    page = np.int64(pages[owner * most_pages + position // page_size])
+                    base[j] = head_place + 4 * (page * page_floats + position % page_size * head_dim)
+                score_block(scores, queries, base, head_dim)
+                if softcap > f32(0.0):
+                    for j in range(BLOCK):
+                        for r in range(TILE):
+                            scores[j, r] = softcap * tanh(scores[j, r] / softcap)
+                if block + BLOCK > first or (window > 0 and block <= end - window):
+                    for j in range(BLOCK):
+                        position = block + j
+                        for r in range(TILE):
+                            distance = position_of[r] - position
+                            if distance < 0 or (window > 0 and distance >= window):
+                                scores[j, r] = NEVER
+                for r in range(TILE):
+                    best[r] = most[r]
+                for j in range(BLOCK):
+                    for r in range(TILE):
+                        best[r] = max(best[r], scores[j, r])
+                for r in range(TILE):
+                    most[r] = exp(most[r] - best[r])
+                    total[r] *= most[r]
+                for d in range(head_dim):
+                    for r in range(TILE):
+                        sums[d, r] *= most[r]
+                for j in range(BLOCK):
+                    for r in range(TILE):
+                        weight = exp(scores[j, r] - best[r])
+                        scores[j, r] = weight
+                        total[r] += weight
+                for r in range(TILE):
+                    most[r] = best[r]
+                for j in range(BLOCK):
+                    base[j] += half_bytes
+                gather_block(sums, scores, base, head_dim)
+            for r in range(count * group):
+                factor = f32(1.0) / total[r]
+                row = (first_row + r // group) * kv_heads * group + head * group + r % group
+                out = floats(words[19] + 4 * row * head_dim, head_dim)
+                for d in range(head_dim):
+                    out[d] = sums[d, r] * factor
+
+    assert span > 0, "more than TILE query heads per KV head"
+    return prefill
