@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLParserLimits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from baton.base.errors import BadRequest
@@ -209,6 +210,15 @@ def test_a_grammar_that_does_not_compile_names_its_sequence(grammars: Grammars, 
 def test_output_that_does_not_fit_is_refused(grammars: Grammars) -> None:
     with pytest.raises(BadRequest, match="cannot be used") as caught:
         sampler(grammars).sample(torch.zeros(1, VOCAB), [sequence(Grammar("regex", "a+"), output=(5, 6))])
+    assert caught.value.param == "s0"
+
+
+def test_a_grammar_that_outgrows_its_limits_is_refused_when_it_does(directory: Path) -> None:
+    """Then the library would let the output end, as if it were complete."""
+    here = sampler(Grammars(directory, LLParserLimits(step_max_items=3, verbose_errors=False)))
+    one = sequence(Grammar("ebnf", 'start: a\na: "x" a | "x" a "y" | b\nb: a | a "z" | "q"'))
+    with pytest.raises(BadRequest, match="the ebnf cannot be used: parser error: Too many items") as caught:
+        generate(here, one, 20)
     assert caught.value.param == "s0"
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from baton.base.errors import BadRequest
 from baton.base.messages import Grammar, Sampling
 from baton.engine.grammar import NoGrammars
-from baton.engine.sampler import NUCLEUS_FIRST, Sampler, invert_cumulative, uniform
+from baton.engine.sampler import NUCLEUS_FIRST, NUCLEUS_NEXT, Sampler, invert_cumulative, uniform
 from baton.engine.sequence import Sequence
 
 VOCAB = 12
@@ -213,12 +213,15 @@ def test_uniform_numbers_never_change() -> None:
     assert uniform(2**64 + 5, 9) == uniform(5, 9)
 
 
+FLAT = [(0.97, -1), (0.3, -1), (0.01, -1), (1.0, 700), (0.8, 3000), (0.9, 12000)]
+
+
 def test_a_large_vocabulary_is_filtered_exactly() -> None:
     """Flat enough that the most likely tokens do not suffice for top_p, with equals at the border of top_k."""
-    vocab = 5 * NUCLEUS_FIRST
+    vocab = NUCLEUS_NEXT + 4 * NUCLEUS_FIRST
     generator = torch.Generator().manual_seed(5)
     row = torch.randint(0, 40, (vocab,), generator=generator).float() / 20
-    options = [Sampling(99, seed, 0, 1.0, p, k) for seed in range(40) for p, k in [(0.97, -1), (1.0, 700), (0.8, 3000)]]
+    options = [Sampling(99, seed, 0, 1.0, p, k) for seed in range(12) for p, k in FLAT]
     sequences = [sequence(one) for one in options]
     drawn = draw(row.repeat(len(options), 1), *sequences)
     for token, one in zip(drawn, sequences, strict=True):
@@ -232,6 +235,19 @@ def test_what_has_no_weight_is_never_drawn(number: float, token: int) -> None:
     """At the exact borders as well, where the weights before and after are zero."""
     weights = torch.tensor([[0.0, 0.0, 1.0, 0.0, 3.0, 0.0]])
     assert invert_cumulative(weights, torch.tensor([[number]], dtype=torch.float64)) == [token]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from([0.0, 0.0, 0.0, 1.0, 2.0, 1e-3]), min_size=1, max_size=300).filter(any),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_looking_up_by_blocks_is_looking_up(weights: list[float], number: float) -> None:
+    number = min(number, 1 - 2.0**-52)
+    (token,) = invert_cumulative(torch.tensor([weights]), torch.tensor([[number]], dtype=torch.float64))
+    wanted, margin = invert(normalised(weights), number)
+    assert weights[token] > 0
+    assert token == wanted or margin < 1e-6
 
 
 # --- one by one --------------------------------------------------------------------------------------------------

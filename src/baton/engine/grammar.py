@@ -80,9 +80,10 @@ class Grammars:
     The tokenizer is read when the first request needs it, about a second for a vocabulary of 150k.
     """
 
-    def __init__(self, tokenizer_path: str | Path) -> None:
+    def __init__(self, tokenizer_path: str | Path, limits: LLParserLimits = LIMITS) -> None:
         path = Path(tokenizer_path)
         self._path = path / "tokenizer.json" if path.is_dir() else path
+        self._limits = limits
         self._vocab_size = 0
         self._eos_token_ids: list[int] = []
         self._environment: LLTokenizer | None = None
@@ -140,7 +141,7 @@ class Grammars:
             source = _translate(grammar)
         except (ValueError, RecursionError) as error:  # that is what the library and `json` raise
             raise self._refusal(grammar, str(error), sequence) from error
-        matcher = LLMatcher(self._tokenizer(sequence), source, log_level=0, limits=LIMITS)
+        matcher = LLMatcher(self._tokenizer(sequence), source, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise self._refusal(grammar, matcher.get_error(), sequence)
         return matcher

@@ -44,7 +44,11 @@ GREEDY_BELOW = 1e-5
 """Temperatures that are zero for all purposes (dividing by them overflows)."""
 
 NUCLEUS_FIRST = 1024
+NUCLEUS_NEXT = 8192
 """How many of the most likely tokens top_p looks at before it looks at all."""
+
+BLOCK = 64
+"""Tokens whose weights are added up before anything is looked up."""
 
 PROMPT_ROWS = 64
 """Prompt positions whose logprobs are computed at once: bounds the temporary memory."""
@@ -209,8 +213,8 @@ def _filtered(sampling: Sampling, vocab_size: int) -> bool:
 
 
 def _filter(scaled: Tensor, samplings: Seq[Sampling]) -> Tensor:
-    """Weights [rows, vocab] of the tokens that min_p, top_k and top_p leave in, zero for the others; `scaled` has its
-    largest values at 0."""
+    """Weights [rows, vocab] of the tokens that min_p, top_k and top_p leave in, zero for the others. `scaled` has its
+    largest values at 0, and is used up."""
     device, vocab = scaled.device, scaled.shape[-1]
     floors = _tensor([[math.log(s.min_p) if s.min_p > 0 else -math.inf] for s in samplings], scaled.dtype, device)
     ks = [s.top_k if 0 < s.top_k < vocab else vocab for s in samplings]
@@ -219,24 +223,30 @@ def _filter(scaled: Tensor, samplings: Seq[Sampling]) -> Tensor:
     if min(ks) < vocab:
         floors = torch.maximum(floors, ordered.gather(-1, vocab - _tensor(ks, torch.int64, device)[:, None]))
     weights = scaled.exp()
-    weights *= scaled >= floors
     if nucleus:
-        weights *= scaled >= _nucleus(ordered, floors, weights.sum(-1, keepdim=True, dtype=torch.float64), samplings)
+        floors = torch.maximum(floors, _nucleus(ordered, floors, weights.sum(-1, keepdim=True).double(), samplings))
+    weights *= scaled.ge_(floors)  # in place: ones and zeros as floats, three times as fast to multiply with
     return weights
 
 
-def _nucleus(ordered: Tensor, floors: Tensor, totals: Tensor, samplings: Seq[Sampling]) -> Tensor:
-    """The lowest value [rows, 1] that top_p leaves in. Looks at the largest values first: mostly they suffice."""
-    wanted = _tensor([[s.top_p] for s in samplings], torch.float64, ordered.device) * totals
+def _nucleus(ordered: Tensor, floors: Tensor, everything: Tensor, samplings: Seq[Sampling]) -> Tensor:
+    """The lowest value [rows, 1] that top_p leaves in. Looks at the largest values first: mostly they suffice.
+
+    `everything` [rows, 1] is the weight of all tokens, those below `floors` included.
+    """
+    vocab = ordered.shape[-1]
+    top_p = _tensor([[s.top_p] for s in samplings], torch.float64, ordered.device)
     lowest = torch.full_like(floors, -math.inf)
     rows = [row for row, s in enumerate(samplings) if s.top_p < 1]
-    for width in (NUCLEUS_FIRST, ordered.shape[-1]):
-        likely = ordered[rows, -width:].flip(-1)
-        cumulative = (likely.exp() * (likely >= floors[rows])).cumsum(-1, dtype=torch.float64)
-        index = torch.searchsorted(cumulative, wanted[rows]).clamp_(max=likely.shape[-1] - 1)
+    for width in (min(NUCLEUS_FIRST, vocab), min(NUCLEUS_NEXT, vocab), vocab):
+        likely, floor = ordered[rows, -width:].flip(-1), floors[rows]
+        cumulative = ((likely >= floor) * likely.exp()).cumsum(-1, dtype=torch.float64)
+        in_view = (likely[:, -1:] < floor) | (width == vocab)  # all that is above the floor
+        wanted = top_p[rows] * torch.where(in_view, cumulative[:, -1:], everything[rows])
+        index = torch.searchsorted(cumulative, wanted).clamp_(max=width - 1)
         lowest[rows] = likely.gather(-1, index)
-        enough = (cumulative[:, -1:] >= wanted[rows])[:, 0].tolist()
-        rows = [row for row, found in zip(rows, enough, strict=True) if not found]
+        enough = in_view | ((floor == -math.inf) & (cumulative[:, -1:] >= wanted))
+        rows = [row for row, found in zip(rows, enough[:, 0].tolist(), strict=True) if not found]
         if not rows:
             break
     return lowest
@@ -252,11 +262,20 @@ def _ascending(values: Tensor) -> Tensor:
 def invert_cumulative(weights: Tensor, numbers: Tensor) -> list[int]:
     """The token at which the cumulative weight of each row [rows, vocab] passes `numbers` [rows, 1] in [0, 1).
 
-    A token without weight is never it. In double precision: no border between two tokens is moved visibly.
+    A token without weight is never it. First the block of tokens, then the token in it: one pass in single precision,
+    the rest in double, so that no border between two tokens is moved visibly.
     """
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    index = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)
-    return [int(token) for token in index.clamp_(max=weights.shape[-1] - 1)[:, 0].tolist()]
+    rows, vocab = weights.shape
+    padded = weights if vocab % BLOCK == 0 else torch.nn.functional.pad(weights, (0, -vocab % BLOCK))
+    blocks = padded.view(rows, -1, BLOCK)
+    cumulative = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    target = numbers * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, target, right=True).clamp_(max=blocks.shape[1] - 1)
+    before = torch.where(block > 0, cumulative.gather(-1, (block - 1).clamp_(min=0)), 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    last = torch.searchsorted(inside, inside[:, -1:].contiguous())  # the last one with weight
+    index = torch.minimum(torch.searchsorted(inside, target - before, right=True), last)
+    return [int(token) for token in (block * BLOCK + index).clamp_(max=vocab - 1)[:, 0].tolist()]
 
 
 # --- the random numbers --------------------------------------------------------------------------------------
