@@ -296,3 +296,14 @@ def test_ctrl_c_gives_a_partial_report(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_refused_before_the_run() -> None:
     with pytest.raises(ConfigError, match="save"):
         run(config(save=f"/nowhere-{os.getpid()}/raw.jsonl"))
+
+
+def test_a_callers_own_signal_handlers_are_back_after_a_run() -> None:
+    def mine(number: int, frame: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        bench(good(), requests=1)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)

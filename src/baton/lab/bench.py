@@ -120,16 +120,18 @@ def _interruptible(task: asyncio.Task[None]) -> Iterator[list[int]]:
         seen.append(number)
         task.cancel()
 
-    installed: list[signal.Signals] = []
+    before: dict[signal.Signals, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
+                handler = signal.getsignal(number)
                 loop.add_signal_handler(number, interrupt, number)
-                installed.append(number)
+                before[number] = handler
         yield seen
     finally:
-        for number in installed:
+        for number, handler in before.items():
             loop.remove_signal_handler(number)
+            signal.signal(number, handler)  # the loop would leave the default: a caller's own handler was there
 
 
 @contextlib.contextmanager
