@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from baton.api.dialect import Dialect
 from baton.api.job import Job, ModelContext, PDFields, tickets
 from baton.api.openai import Chat, Completions
-from baton.api.sampling import MAX_ROOM, Asked, build, derived
+from baton.api.sampling import MAX_ROOM, Asked, Defaults, build, derived
 from baton.api.sglang import Generate
 from baton.base.errors import BadRequest
 from baton.base.messages import Codec, Ticket, ToEngine
@@ -42,6 +43,20 @@ def test_defaults(model: ModelContext) -> None:
     assert native.sampling.max_tokens == 128
     crowded = parse(Generate(), model, input_ids=[7] * 500).generates(["a"], model)[0]
     assert crowded.sampling.max_tokens == 12
+
+
+def test_the_models_own_defaults(model: ModelContext, tmp_path: Path) -> None:
+    settings = {"temperature": 0.6, "top_k": 20, "top_p": None, "min_p": "x", "do_sample": True}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    gentle = dataclasses.replace(model, defaults=Defaults.load(tmp_path))
+    sampling = parse(Completions(), gentle, prompt="a").plans[0].sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0.6, 20, 1.0, 0.0)
+    assert parse(Completions(), gentle, prompt="a", temperature=0).plans[0].sampling.temperature == 0
+    assert Defaults.load(tmp_path / "nowhere") == Defaults()
+
+
+def test_min_tokens_lifts_the_default(model: ModelContext) -> None:
+    assert parse(Completions(), model, prompt="a", min_tokens=40).generates(["a"], model)[0].sampling.max_tokens == 40
 
 
 def test_all_fields_arrive(model: ModelContext) -> None:

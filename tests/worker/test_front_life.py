@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -215,22 +216,45 @@ def test_a_slow_client_costs_little_and_loses_nothing(rig: Rig) -> None:
     rig.settle()
 
 
-def test_a_client_that_never_reads_is_cut(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("baton.worker.client.MAX_BACKLOG", 20)
+def never_read(rig: Rig, connection: socket.socket) -> None:
+    """Ask for 900 tokens with so many logprobs that the connection is full after a few."""
     body = json.dumps({
         "text": "hello there " * 30, "stream": True,
         "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 64,
         "sampling_params": {"max_new_tokens": 600, "ignore_eos": True},
     }).encode()  # fmt: skip
-    with paced(rig, 0.002), raw_connection(rig) as connection:
-        head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
-        wait_for(lambda: any(e.sending_since for e in list(rig.front.state.exchanges)))
+    head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    wait_for(lambda: any(e.sending_since for e in list(rig.front.state.exchanges)))
+
+
+def generated(rig: Rig) -> int:
+    assert rig.engine is not None
+    return rig.engine.engine.load().generated_tokens
+
+
+def test_what_a_client_leaves_unread_is_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("baton.worker.client.MAX_BACKLOG", 20)
+    before = generated(rig)
+    with paced(rig, 0.01), raw_connection(rig) as connection:
+        never_read(rig, connection)
         wait_for(lambda: not rig.front.state.client.open_count)
-        assert rig.engine is not None
-        engine = rig.engine
-        wait_for(lambda: engine.idle)
+        wait_for(lambda: bool(rig.engine and rig.engine.idle))
+        assert generated(rig) - before < 500
     rig.settle()
+
+
+def test_a_client_that_never_reads_is_cut(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("baton.worker.front.STALL", 0.2)
+    monkeypatch.setattr("baton.worker.front.WATCH", 0.05)
+    with serving(model_dir, tmp_path) as rig, paced(rig, 0.01), raw_connection(rig) as connection:
+        never_read(rig, connection)
+        rig.settle()
+        assert generated(rig) < 500
+        connection.close()
+    assert "has not read" in caplog.text
 
 
 def test_abort_by_id(rig: Rig) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from baton.api.chat import ChatTemplate
-from baton.api.sampling import MAX_ROOM, Plan, derived
+from baton.api.sampling import MAX_ROOM, NO_DEFAULTS, Defaults, Plan, derived
 from baton.api.text import TextCodec
 from baton.base.clock import Clock, MonotonicClock
 from baton.base.errors import BadRequest, NotFound
@@ -30,6 +30,7 @@ class ModelContext:
     vocab_size: int
     longest: int
     """Tokens of prompt and output together that the engine can hold."""
+    defaults: Defaults = NO_DEFAULTS
     bootstrap_host: str = "127.0.0.1"
     bootstrap_port: int = 8998
     fingerprint: str = "baton"

@@ -211,7 +211,13 @@ def _completion_plan(request: CompletionRequest, context: ModelContext) -> Plan:
     asked.prompt_logprobs = request.prompt_logprobs
     if request.echo and asked.prompt_logprobs is None:
         asked.prompt_logprobs = request.logprobs
-    return build(asked, context.vocab_size, zero_tokens=bool(request.echo), top_logprobs=MAX_TOP_LOGPROBS_OPENAI)
+    return build(
+        asked,
+        context.vocab_size,
+        context.defaults,
+        zero_tokens=bool(request.echo),
+        top_logprobs=MAX_TOP_LOGPROBS_OPENAI,
+    )
 
 
 def _chat_plan(request: ChatRequest, context: ModelContext) -> Plan:
@@ -224,7 +230,7 @@ def _chat_plan(request: ChatRequest, context: ModelContext) -> Plan:
     if request.logprobs:
         asked.logprobs = request.top_logprobs or 0
         asked.names = {**asked.names, "logprobs": "top_logprobs"}
-    return build(asked, context.vocab_size, top_logprobs=MAX_TOP_LOGPROBS_OPENAI)
+    return build(asked, context.vocab_size, context.defaults, top_logprobs=MAX_TOP_LOGPROBS_OPENAI)
 
 
 def _prompts(value: str | list[str | int | list[int]]) -> list[str | list[int]]:

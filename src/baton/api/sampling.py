@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
-from baton.base.errors import BadRequest
+from baton.api.text import read_json
+from baton.base.errors import BadRequest, ConfigError
 from baton.base.messages import Grammar, Sampling
 
 MAX_SAMPLES = 128
@@ -24,6 +26,31 @@ MAX_STOP_LENGTH = 1024
 MAX_ROOM = 2**63
 SEED_MASK = 2**63 - 1
 SAME_NAMES: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a request gets that says nothing: the model's own generation_config.json, as in vLLM and SGLang."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Defaults:
+        """Raises `ConfigError` for a file that is there but cannot be read; odd values in it are passed over."""
+        settings = read_json(Path(directory) / "generation_config.json")
+        found = {field.name: settings.get(field.name) for field in fields(cls)}
+        usable = {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        try:
+            return msgspec.convert(usable, cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"generation_config.json of {directory}: {error}") from error
+
+
+NO_DEFAULTS = Defaults()
 
 
 @dataclass(slots=True)
@@ -79,7 +106,8 @@ class Plan:
         max_tokens = self.sampling.max_tokens
         if not max_tokens:
             fitting = max(1, longest - prompt_len)
-            max_tokens = fitting if default is None else min(default, fitting)
+            wanted = fitting if default is None else max(default, self.sampling.min_tokens)
+            max_tokens = min(wanted, fitting)
         seed = self.sampling.seed
         if seed >= 0:
             seed = derived(seed, index)
@@ -98,7 +126,14 @@ def derived(seed: int, index: int) -> int:
     return (mixed ^ (mixed >> 31)) & SEED_MASK
 
 
-def build(asked: Asked, vocab_size: int, *, zero_tokens: bool = False, top_logprobs: int = MAX_TOP_LOGPROBS) -> Plan:
+def build(
+    asked: Asked,
+    vocab_size: int,
+    defaults: Defaults = NO_DEFAULTS,
+    *,
+    zero_tokens: bool = False,
+    top_logprobs: int = MAX_TOP_LOGPROBS,
+) -> Plan:
     """Raises `BadRequest` naming the field. `zero_tokens`: max_tokens = 0 is allowed (score the prompt only)."""
     check = _Check(asked.names)
     max_tokens = asked.max_tokens
@@ -112,13 +147,15 @@ def build(asked: Asked, vocab_size: int, *, zero_tokens: bool = False, top_logpr
             max_tokens=(max_tokens or 1) if max_tokens is not None else 0,
             seed=-1 if asked.seed is None else check.seed(asked.seed),
             min_tokens=min_tokens,
-            temperature=check.between("temperature", asked.temperature, 1.0, 0.0, math.inf),
-            top_p=check.top_p(asked.top_p),
-            top_k=check.top_k(asked.top_k),
-            min_p=check.between("min_p", asked.min_p, 0.0, 0.0, 1.0),
+            temperature=check.between("temperature", asked.temperature, defaults.temperature, 0.0, math.inf),
+            top_p=check.top_p(asked.top_p, defaults.top_p),
+            top_k=check.top_k(asked.top_k, defaults.top_k),
+            min_p=check.between("min_p", asked.min_p, defaults.min_p, 0.0, 1.0),
             presence_penalty=check.between("presence_penalty", asked.presence_penalty, 0.0, -2.0, 2.0),
             frequency_penalty=check.between("frequency_penalty", asked.frequency_penalty, 0.0, -2.0, 2.0),
-            repetition_penalty=check.positive("repetition_penalty", asked.repetition_penalty, 1.0),
+            repetition_penalty=check.positive(
+                "repetition_penalty", asked.repetition_penalty, defaults.repetition_penalty
+            ),
             logit_bias=check.logit_bias(asked.logit_bias, vocab_size),
             stop_token_ids=check.token_ids("stop_token_ids", asked.stop_token_ids or (), vocab_size),
             ignore_eos=bool(asked.ignore_eos),
@@ -165,16 +202,16 @@ class _Check:
             self.refuse(name, f"is {value:g}; it must be greater than 0")
         return float(value)
 
-    def top_p(self, value: float | None) -> float:
+    def top_p(self, value: float | None, default: float) -> float:
         if value is None:
-            return 1.0
+            return default
         if not 0.0 < value <= 1.0:
             self.refuse("top_p", f"is {value:g}; it must be greater than 0 and at most 1")
         return float(value)
 
-    def top_k(self, value: int | None) -> int:
+    def top_k(self, value: int | None, default: int) -> int:
         if value is None:
-            return -1
+            return default
         if not -1 <= value < 2**31:
             self.refuse("top_k", f"is {value}; it must be -1 or 0 (all), or at least 1")
         return value or -1

@@ -198,7 +198,7 @@ def _plan(params: SamplingParams, wanted: bool, top: int, start: int, context: M
         grammar=_grammar(params),
         names=NAMES,
     )
-    return build(asked, context.vocab_size, zero_tokens=True)
+    return build(asked, context.vocab_size, context.defaults, zero_tokens=True)
 
 
 def _grammar(params: SamplingParams) -> Grammar | None:

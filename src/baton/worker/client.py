@@ -62,6 +62,8 @@ class Inbox:
             self._open.discard(message.id)
         self._messages.append(message)
         if len(self._messages) > MAX_BACKLOG:
+            self._messages.clear()
+            self.close()
             self._gone = True
         self._wake()
 

@@ -25,6 +25,7 @@ from starlette.types import Receive, Scope, Send
 from baton.api import openai, sglang
 from baton.api.chat import ChatTemplate
 from baton.api.dialect import error_body
+from baton.api.sampling import Defaults
 from baton.api.text import load_tokenizer
 from baton.base.clock import MonotonicClock
 from baton.base.config import DisaggConfig, EngineConfig, WorkerConfig
@@ -123,7 +124,8 @@ class Front:
         tokenizer = load_tokenizer(model_dir)
         chat = ChatTemplate.load(model_dir, tokenizer.special_tokens, worker.chat_template)
         config = engine if engine is not None else EngineConfig(model=model_dir)
-        self.state = FrontState(worker, disagg, config, model_dir, tokenizer, chat, MonotonicClock())
+        defaults = Defaults.load(model_dir)
+        self.state = FrontState(worker, disagg, config, model_dir, tokenizer, chat, defaults, MonotonicClock())
         self._channel = Path(channel)
         self._drain = drain
         self._engines: asyncio.AbstractServer | None = None
@@ -197,6 +199,7 @@ class Front:
             for exchange in list(self.state.exchanges):
                 if exchange.sending_since and now - exchange.sending_since > STALL and exchange.task is not None:
                     log.warning("a client has not read for %g s; its request is given up", STALL)
+                    exchange.cut = True
                     exchange.task.cancel()
 
 

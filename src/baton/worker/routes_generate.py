@@ -50,6 +50,8 @@ class Exchange:
     sending_since: float = 0.0
     """When a write began that has not ended; 0.0: none. A client that does not read is cut by this."""
     task: asyncio.Task[object] | None = None
+    cut: bool = False
+    """The task was cancelled because the client does not read."""
 
 
 class GenerateRoute:
@@ -83,6 +85,10 @@ class GenerateRoute:
             if exchange.job.stream:
                 return await self._stream(exchange, send)
             return await self._whole(exchange, send)
+        except asyncio.CancelledError as error:
+            if not exchange.cut:
+                raise
+            raise ClientGone from error
         finally:
             self._state.exchanges.discard(exchange)
             exchange.inbox.close()

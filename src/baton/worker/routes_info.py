@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import parse_qs
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -304,8 +303,3 @@ def _rate(before: Heard | None, now: Heard | None) -> float:
     if before is None or now is None or now.at <= before.at:
         return 0.0
     return max(0, now.load.generated_tokens - before.load.generated_tokens) / (now.at - before.at)
-
-
-def query(scope: Scope, name: str) -> str | None:
-    values = parse_qs(scope["query_string"].decode("latin-1")).get(name)
-    return values[-1] if values else None

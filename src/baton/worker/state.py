@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from baton import __version__
 from baton.api.chat import ChatTemplate
 from baton.api.job import ModelContext
+from baton.api.sampling import Defaults
 from baton.api.text import TextCodec
 from baton.base.clock import Clock
 from baton.base.config import DisaggConfig, EngineConfig, WorkerConfig
@@ -33,6 +34,7 @@ class FrontState:
     model_dir: str
     tokenizer: TextCodec
     chat: ChatTemplate
+    defaults: Defaults
     clock: Clock
     client: EngineClient = field(init=False)
     metrics: Metrics = field(default_factory=Metrics)
@@ -72,6 +74,7 @@ class FrontState:
             chat=self.chat,
             vocab_size=ready.vocab_size,
             longest=min(ready.max_model_len, ready.num_pages * ready.page_size),
+            defaults=self.defaults,
             bootstrap_host=self.disagg.bootstrap_host,
             bootstrap_port=ready.bootstrap_port or self.disagg.bootstrap_port,
             fingerprint=f"baton-{__version__}-{ready.weight_dtype}",
