@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.base.errors import BadRequest
@@ -30,6 +30,7 @@ def sent(raw: bytes, kind: Kind, port: int | None = 8998) -> tuple[Any, Any]:
     return json.loads(prefill), json.loads(decode)
 
 
+@settings(max_examples=60, deadline=None)
 @given(body=bodies, kind=st.sampled_from(KINDS), indent=st.sampled_from([None, 1]), ascii_only=st.booleans())
 def test_any_object_stays_itself_and_gets_the_rendezvous(
     body: dict[str, Any], kind: Kind, indent: int | None, ascii_only: bool

@@ -16,7 +16,7 @@ import uvicorn
 from baton.base.config import GatewayConfig
 from baton.base.errors import BadRequest, ConfigError, TooLarge, Unauthorized
 from baton.gateway.control import OPEN_PATHS, Control, new_request_id
-from baton.gateway.door import AsgiAnswer, Inbound, Receive, Scope, Send, read_body, spawn_watch, target_of
+from baton.gateway.door import AsgiAnswer, Inbound, Receive, Scope, Send, read_body, spawn_watch, swallow, target_of
 from baton.gateway.inference import PAIRED, Inference, InferenceOptions, refuse
 from baton.gateway.metrics import Metrics
 from baton.gateway.replies import RateLimited
@@ -86,7 +86,7 @@ class Gateway:
             metrics.cancelled += 1
             answer.status = 499
         except TooLarge as error:
-            await refuse(answer, path, error, [*own, CLOSE])
+            await refuse(answer, path, error, [*own, CLOSE], last=lambda: swallow(receive, 4 * self._limit))
         finally:
             if watcher is not None:
                 watcher.cancel()

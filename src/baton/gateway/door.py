@@ -6,6 +6,7 @@ Behind it nothing knows ASGI. A server protocol of our own would implement `Answ
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from baton.router.upstream import Header
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+SWALLOW_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,18 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         message = await receive()
         parts.append(message.get("body", b""))
         size += len(parts[-1])
+
+
+async def swallow(receive: Receive, limit: int) -> None:
+    """Read on for a moment and forget it: a connection that is closed while its client still writes would be reset,
+    and the client would never see why."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(SWALLOW_SECONDS):
+            size, more = 0, True
+            while more and size < limit:
+                message = await receive()
+                size += len(message.get("body", b""))
+                more = message.get("more_body", False)
 
 
 async def watch(receive: Receive, gone: Callable[[], None]) -> None:

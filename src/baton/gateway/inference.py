@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from baton.base.errors import BatonError, Unavailable
@@ -125,16 +125,18 @@ class Inference:
             self._metrics.retries += 1
 
     async def _relay(self, legs: Legs, parcel: Parcel, relay: Relay, pulse: Pulse) -> None:
-        answer = legs.answer.call
-        merger = None
+        answer, edit = legs.answer.call, None
+        events = is_event_stream(answer)
         if parcel.body.merge and legs.receipt is not None:
             merger = await _merger(legs.receipt, parcel, pulse)
-            while not is_event_stream(answer) and not answer.done and not answer.paused:
-                await pulse.wait()
-        if answer.complete and not is_event_stream(answer):
-            await relay.whole(answer, merger.whole(answer.take()) if merger else None)
+            if not events:
+                await relay.whole(answer, merger.whole(await _collect(legs.answer, pulse)))
+                return
+            edit = merger.events
+        if answer.complete and not events:
+            await relay.whole(answer, answer.take())
             return
-        error = await relay.stream(legs, pulse, merger.events if merger else None)
+        error = await relay.stream(legs, pulse, edit)
         if error is not None:
             self._metrics.leg_error(legs.answer.role, "broken_answer")
             log.warning("%s: answer broken off: %s", parcel.path, error.message)
@@ -189,11 +191,21 @@ class Deadline:
             self._timer = self._loop.call_later(GRACE_SECONDS, self._task.cancel)
 
 
-async def refuse(answer: Answer, path: str, error: BatonError, headers: list[Header]) -> None:
-    """An error in the gateway's own name."""
+async def refuse(
+    answer: Answer,
+    path: str,
+    error: BatonError,
+    headers: list[Header],
+    last: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """An error in the gateway's own name. `last` is done before the end of the answer, but after its last byte."""
     body = error_body(path, error)
     length = (b"content-length", b"%d" % len(body))
     await answer.start(error.status, [*error_headers(error), length, *headers])
+    if last is not None:
+        await answer.write(body, more=True)
+        await last()
+        body = b""
     await answer.write(body, more=False)
 
 
@@ -211,22 +223,27 @@ async def _pass_on(lost: Leg, relay: Relay, pulse: Pulse) -> None:
         patience.cancel()
     if call.failure is not None:
         raise LegFailed.of(lost)
-    await relay.whole(call)
+    await relay.whole(call, call.take())
 
 
 async def _merger(receipt: Leg, parcel: Parcel, pulse: Pulse) -> Merger:
     """Waits for the prefill worker's whole reply."""
-    call = receipt.call
-    parts = []
-    while not call.done:
-        parts.append(call.take())
-        await pulse.wait()
-    parts.append(call.take())
-    if call.failure is not None:
-        raise LegFailed.of(receipt)
+    reply, call = await _collect(receipt, pulse), receipt.call
     if call.status >= 400:
         raise LegFailed(f"prefill worker {receipt.worker.url}: status {call.status} after decode had begun")
-    return Merger(parcel.body.merge, b"".join(parts), stream=is_event_stream(call))
+    return Merger(parcel.body.merge, reply, stream=is_event_stream(call))
+
+
+async def _collect(leg: Leg, pulse: Pulse) -> bytes:
+    """The whole body of a leg, however large. Raises `LegFailed`."""
+    parts = []
+    while not leg.call.done:
+        parts.append(leg.call.take())
+        await pulse.wait()
+    parts.append(leg.call.take())
+    if leg.call.failure is not None:
+        raise LegFailed.of(leg)
+    return b"".join(parts)
 
 
 def _again(choose: Callable[[frozenset[Worker]], Target], avoid: frozenset[Worker], lost: Leg) -> Target | None:

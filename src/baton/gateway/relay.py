@@ -45,13 +45,12 @@ class Relay:
     stall_timeout: float
     first: float = 0.0
 
-    async def whole(self, call: Call, body: bytes | None = None) -> None:
-        """A complete reply, or `body` in its place, in one piece."""
-        data = call.take() if body is None else body
+    async def whole(self, call: Call, body: bytes) -> None:
+        """A complete reply in one piece."""
         headers = self._headers(call)
-        headers.append((b"content-length", b"%d" % len(data)))
+        headers.append((b"content-length", b"%d" % len(body)))
         await self.answer.start(call.status, headers)
-        await self.answer.write(data, more=False)
+        await self.answer.write(body, more=False)
 
     async def stream(self, legs: Legs, pulse: Pulse, edit: Edit | None = None) -> BatonError | None:
         """A reply while it comes in; `edit` may change whole events. Raises `ClientGone`; an error after the start is

@@ -149,7 +149,7 @@ class Legs:
         self.lost: Leg | None = None
         """The leg that failed first, before the answer began."""
         self.eager = False
-        """Ring at every piece of the answer, and at the end of the receipt."""
+        """Somebody reads both: ring at every piece of the answer, and when the receipt is full or over."""
         self.relaying = False
         """The client has seen a part of the answer: too late to lose the attempt."""
         self._pulse = pulse
@@ -188,8 +188,8 @@ class Legs:
             if self._drain is not None:
                 self._drain.cancel()
                 self._drain = None
-            if self.eager:
-                self._pulse.ring()
+        if self.eager and (call.done or call.paused):
+            self._pulse.ring()
 
     def cancel(self) -> None:
         """Close what is not over, except a receipt that drains behind a complete answer. Idempotent."""

@@ -26,7 +26,7 @@ class Origin:
             raise ConfigError(f"worker URL {url!r} is not valid: {error}") from error
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
             raise ConfigError(f"worker URL {url!r} must look like http://host:port")
-        if any(ord(c) <= 32 or ord(c) > 126 for c in parts.netloc):
+        if any(ord(c) <= 32 or ord(c) > 126 for c in url):
             raise ConfigError(f"worker URL {url!r} has characters that no host name has")
         tls = parts.scheme == "https"
         return cls(parts.hostname, port or (443 if tls else 80), tls)
