@@ -293,6 +293,7 @@ def _learned(ready: Ready) -> dict[str, Any]:
         "weight_dtype": ready.weight_dtype,
         "device": ready.device,
         "instance": ready.instance,
+        "engine_pid": ready.pid,
         "disaggregation_bootstrap_port": ready.bootstrap_port or None,
         "transports": list(ready.transports),
     }
