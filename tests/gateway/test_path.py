@@ -196,6 +196,11 @@ def test_other_posts_go_to_one_worker() -> None:
         assert [e.path for e in s.decode.seen] == ["/v1/tokenize?x=1"]
         assert s.prefill.seen == []
         assert "bootstrap_room" not in s.decode.seen[0].json
+        await s.post(
+            "/v1/audio/transcriptions", content=b"--x\r\n\xff\x00", headers={"content-type": "multipart/form-data"}
+        )
+        assert s.decode.seen[1].body == b"--x\r\n\xff\x00"
+        assert s.decode.seen[1].headers["content-type"] == "multipart/form-data"
 
     with_stack(hang, whole({"tokens": [1]}), check)
 

@@ -86,7 +86,7 @@ class Inference:
         deadline = Deadline(pulse, loop, self._options.request_timeout)
         try:
             kind = PAIRED.get(inbound.path)
-            body = splice.read(inbound.body, kind or "other")
+            body = splice.read(inbound.body, kind) if kind else splice.opaque(inbound.body)
             parcel = Parcel(inbound.target, self._forwarded(inbound.headers, request_id), body)
             await self._attempts(parcel, relay, pulse, paired=kind is not None)
         except BatonError as error:

@@ -122,6 +122,8 @@ class Registry:
             worker.bootstrap_port = bootstrap_port
 
     def up(self, worker: Worker, now: float) -> None:
+        if worker.healthy and not worker.breaker.opened:
+            return  # the usual case: nothing has changed
         if not worker.healthy:
             worker.healthy, worker.reason, worker.breaker = True, "", health.CLOSED
         self.refresh(now)

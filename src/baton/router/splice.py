@@ -120,6 +120,12 @@ def read(raw: bytes, kind: Kind) -> Body:
     )
 
 
+def opaque(raw: bytes) -> Body:
+    """A body that is nobody's business on the way (it need not be JSON): sent to one worker as it is."""
+    tokens = len(raw) // 4 + 1
+    return Body(raw, False, None, tokens, 0, "", rendezvous=False, ranks=False)
+
+
 def pair(body: Body, host: str, port: int | None, rooms: Sequence[int]) -> tuple[bytes, bytes]:
     """The bodies for the prefill and the decode worker. One room: scalar fields; more: lists, one item per sequence
     (`rooms` has `body.samples` items, or one if that is None)."""
