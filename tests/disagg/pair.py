@@ -162,9 +162,14 @@ def worker(
     )
     runner = PageRunner(region, layout, pause)
     committer = Committer(scheduler, runner, (EOS,), clock)
-    config = DisaggConfig(mode=mode, bootstrap_port=0, **options)  # type: ignore[arg-type]
+    config = DisaggConfig(**{"mode": mode, "bootstrap_port": 0, **options})  # type: ignore[arg-type]
     made = transports(region) if transports is not None else None
-    role = build_role(config, scheduler, committer, region, layout, f"{mode}-1", clock, wake, made)
+    try:
+        role = build_role(config, scheduler, committer, region, layout, f"{mode}-1", clock, wake, made)
+    except BaseException:
+        runner.close()
+        region.close()
+        raise
     return Worker(Engine(scheduler, runner, role, clock), role, region)
 
 
@@ -195,6 +200,19 @@ class Pair:
         request = self.request(id, tokens, room, **sampling)  # type: ignore[arg-type]
         self.prefill.send(request)
         self.decode.send(request)
+
+    def ask_decode_first(self, id: str, tokens: Sequence[int], room: int) -> Generate:
+        """The offer is there before the prompt is computed: every chunk is pushed by itself."""
+        request, free = self.request(id, tokens, room), self.decode.pool.free
+        self.decode.send(request)
+        self.pump(lambda: self.decode.pool.free < free, self.decode)
+        self.prefill.send(request)
+        sequence = next(s for s in self.prefill.engine.scheduler if s.id == id)
+        end = time.monotonic() + 10
+        while not sequence.stamps.offered:
+            assert time.monotonic() < end
+            assert not self.prefill.role.poll()
+        return request
 
     def pump(self, until: Callable[[], bool], *workers: Worker, limit: float = 20.0) -> None:
         """Raises AssertionError if it does not come true in time."""

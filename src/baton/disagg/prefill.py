@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from baton.base.clock import Clock
 from baton.base.config import DisaggConfig
-from baton.base.errors import BadRequest, BatonError, Cancelled, HandoffLost, Overloaded, TimedOut
+from baton.base.errors import BadRequest, BatonError, HandoffLost, Overloaded, TimedOut
 from baton.base.layout import KVLayout
 from baton.base.messages import Failed, Finish, ToFront, TokenLogprob, Tokens
 from baton.disagg.bootstrap import Link
@@ -167,7 +167,7 @@ class Prefill:
         outgoing = self._by_id.get(id)
         if outgoing is None:
             return False
-        self._lose(outgoing, Event.CANCELLED, Cancelled("the prefill half of the request was cancelled"))
+        self._lose(outgoing, Event.CANCELLED, HandoffLost("the prefill half of the request was cancelled"))
         return True
 
     @property

@@ -274,9 +274,9 @@ class Mover:
             self._link.send(Landed(stream.offer.room, stream.offer.epoch, first, digests))
 
     def _fail(self, stream: Stream, write: Write) -> None:
-        if not stream.failed:
-            stream.failed = True
+        if not (stream.failed or write.unwanted):  # D's `Cancel` says why it is unwanted
             self._inbox.post(Broken(stream, write.error))
+        stream.failed = True
         if self._peer is not None and not self._peer.alive:
             self._link.close(write.error)  # the way is broken, D may come back by another
 

@@ -58,10 +58,17 @@ class Write:
     """XXH3-64 of each piece as it was read from the source."""
     state: WriteState = WriteState.RUNNING
     error: str = ""
+    unwanted: bool = False
+    """It failed because the receiver had shut the tag: he knows, and says why elsewhere."""
 
     def end(self, state: WriteState, error: str = "") -> None:
+        """Only the first end counts."""
         if self.state is WriteState.RUNNING:
             self.state, self.error = state, error
+
+    def turn_away(self) -> None:
+        self.end(WriteState.FAILED_SETTLED, "the receiver does not want these bytes (any more)")
+        self.unwanted = True
 
 
 @dataclass(frozen=True, slots=True)

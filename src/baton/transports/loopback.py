@@ -84,7 +84,7 @@ class LoopbackPeer:
             elif why := outside(pieces, self._source.size, target.size):
                 write.end(WriteState.FAILED_SETTLED, f"loopback: {why}")
             elif not windows.covers(tag, pieces):
-                write.end(WriteState.FAILED_SETTLED, "loopback: the receiver does not want these bytes (any more)")
+                write.turn_away()
             else:
                 write.digests = kernels.copy(target.address, self._source.address, pieces)
                 write.end(WriteState.DONE)

@@ -436,7 +436,7 @@ class TcpPeer:
             if write is None:
                 continue
             if status != LANDED:
-                write.end(WriteState.FAILED_SETTLED, "tcp: the receiver does not want these bytes (any more)")
+                write.turn_away()
             elif last:
                 write.end(WriteState.DONE)
         del self._heard[:whole]
