@@ -74,6 +74,22 @@ def test_a_workers_own_error_passes_as_it_is(failing: str, status: int) -> None:
     with_stack(*((broken, hang) if failing == "prefill" else (hang, broken)), check)
 
 
+@pytest.mark.parametrize("failing", ["prefill", "decode"])
+def test_an_error_whose_body_comes_after_its_head(failing: str) -> None:
+    async def broken(exchange: Exchange) -> None:
+        exchange.raw(b"HTTP/1.1 400 X\r\ncontent-type: application/json\r\ncontent-length: 15\r\n\r\n")
+        await asyncio.sleep(0.03)
+        exchange.raw(b'{"error": "no"}')
+
+    async def check(s: Stack) -> None:
+        started = time.perf_counter()
+        reply = await s.post("/generate", json={"text": "a"})
+        assert (reply.status_code, reply.json()) == (400, {"error": "no"})
+        assert time.perf_counter() - started < 1
+
+    with_stack(*((broken, hang) if failing == "prefill" else (hang, broken)), check)
+
+
 def test_an_error_inside_the_receipts_stream_is_found() -> None:
     event = b'data: {"error":{"message":"gone wrong","code":500}}\n\ndata: [DONE]\n\n'
 

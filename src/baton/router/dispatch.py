@@ -188,7 +188,7 @@ class Legs:
             if self._drain is not None:
                 self._drain.cancel()
                 self._drain = None
-        if self.eager and (call.done or call.paused):
+        if (self.eager or self.lost is receipt) and (call.done or call.paused):
             self._pulse.ring()
 
     def cancel(self) -> None:
