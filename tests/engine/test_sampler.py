@@ -213,7 +213,9 @@ def test_uniform_numbers_never_change() -> None:
     assert uniform(2**64 + 5, 9) == uniform(5, 9)
 
 
-FLAT = [(0.97, -1), (0.3, -1), (0.01, -1), (1.0, 700), (0.8, 3000), (0.9, 12000)]
+FLAT = [(0.97, -1, 0.0), (0.3, -1, 0.0), (0.01, -1, 0.0), (1.0, 700, 0.0), (0.8, 3000, 0.0), (0.9, 12000, 0.0)]
+FLAT += [(0.8, NUCLEUS_FIRST, 0.0), (0.5, -1, 0.5), (0.15, -1, 0.5), (0.9, 5000, 0.3)]
+"""top_p, top_k, min_p"""
 
 
 def test_a_large_vocabulary_is_filtered_exactly() -> None:
@@ -221,7 +223,7 @@ def test_a_large_vocabulary_is_filtered_exactly() -> None:
     vocab = NUCLEUS_NEXT + 4 * NUCLEUS_FIRST
     generator = torch.Generator().manual_seed(5)
     row = torch.randint(0, 40, (vocab,), generator=generator).float() / 20
-    options = [Sampling(99, seed, 0, 1.0, p, k) for seed in range(12) for p, k in FLAT]
+    options = [Sampling(99, seed, 0, 1.0, p, k, least) for seed in range(12) for p, k, least in FLAT]
     sequences = [sequence(one) for one in options]
     drawn = draw(row.repeat(len(options), 1), *sequences)
     for token, one in zip(drawn, sequences, strict=True):
@@ -235,6 +237,15 @@ def test_what_has_no_weight_is_never_drawn(number: float, token: int) -> None:
     """At the exact borders as well, where the weights before and after are zero."""
     weights = torch.tensor([[0.0, 0.0, 1.0, 0.0, 3.0, 0.0]])
     assert invert_cumulative(weights, torch.tensor([[number]], dtype=torch.float64)) == [token]
+
+
+def test_the_borders_of_blocks_belong_to_what_has_weight() -> None:
+    """The smallest number after empty blocks, and the largest, though sums in two precisions differ."""
+    for count in range(1, 130):
+        weights = torch.zeros(1, 256)
+        weights[0, 100 : 100 + count] = 0.1
+        for number, token in [(0.0, 100), (1 - 2.0**-52, 99 + count)]:
+            assert invert_cumulative(weights, torch.tensor([[number]], dtype=torch.float64)) == [token]
 
 
 @settings(max_examples=100, deadline=None)
