@@ -269,3 +269,23 @@ def test_cached_tokens_are_told(client: openai.OpenAI) -> None:
     assert answer.usage is not None
     assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.prompt_tokens_details.cached_tokens
+
+
+def test_request_ids(rig: Rig) -> None:
+    headers = {"x-request-id": "from-the-header"}
+    body = {"text": "hello", "sampling_params": {"max_new_tokens": 1}}
+    answer = httpx.post(f"{rig.url}/generate", json=body, headers=headers, timeout=10)
+    assert answer.json()["meta_info"]["id"] == "from-the-header"
+    assert answer.headers["x-request-id"] == "from-the-header"
+    chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "rid": "in\nthe body"}
+    assert httpx.post(f"{rig.url}/v1/chat/completions", json=chat, timeout=10).json()["id"] == "in\nthe body"
+    fresh = post(rig, "/v1/completions", prompt="a", max_tokens=1)
+    assert fresh.json()["id"].startswith("cmpl-")
+    assert "x-request-id" not in fresh.headers
+
+
+def test_ids_may_repeat(rig: Rig) -> None:
+    body = {"text": ["hello", "there"], "rid": ["same", "same"], "sampling_params": {"max_new_tokens": 2}}
+    answers = post(rig, "/generate", **body).json()
+    assert [answer["meta_info"]["id"] for answer in answers] == ["same", "same"]
+    assert answers[0]["output_ids"] != answers[1]["output_ids"]

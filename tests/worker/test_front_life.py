@@ -145,6 +145,22 @@ def test_a_hung_engine_is_not_healthy(fresh: Rig, monkeypatch: pytest.MonkeyPatc
     wait_for(lambda: httpx.get(f"{fresh.url}/health", timeout=5).status_code == 200)
 
 
+def test_nobody_waits_for_ever_for_a_hung_engine(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("baton.worker.client.FRESH", 0.05)
+    monkeypatch.setattr("baton.worker.front.SILENCE", 0.3)
+    monkeypatch.setattr("baton.worker.front.WATCH", 0.05)
+    with serving(model_dir, tmp_path) as rig:
+        assert rig.engine is not None
+        rig.engine.hung.set()
+        response = httpx.post(f"{rig.url}/v1/completions", json=LONG, timeout=5)
+        assert response.status_code == 503
+        assert "not answered" in response.json()["error"]["message"]
+        rig.engine.hung.clear()
+        rig.settle()
+
+
 def test_before_the_engine_is_there(model_dir: Path, tmp_path: Path) -> None:
     with serving(model_dir, tmp_path, engine=False) as rig:
         for path in ("/health", "/ready", "/v1/loads"):

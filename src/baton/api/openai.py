@@ -95,7 +95,7 @@ class CompletionRequest(CommonRequest, kw_only=True):
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
     logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    prompt_logprobs: Any = None
     suffix: str | None = None
     best_of: int | None = None
 
@@ -208,9 +208,7 @@ def _asked(request: CommonRequest) -> Asked:
 def _completion_plan(request: CompletionRequest, context: ModelContext) -> Plan:
     asked = _asked(request)
     asked.logprobs = request.logprobs
-    asked.prompt_logprobs = request.prompt_logprobs
-    if request.echo and asked.prompt_logprobs is None:
-        asked.prompt_logprobs = request.logprobs
+    asked.prompt_logprobs = request.logprobs if request.echo else None
     return build(
         asked,
         context.vocab_size,
@@ -290,6 +288,8 @@ def _tools(request: ChatRequest) -> list[dict[str, Any]] | None:
 def _refuse_unsupported(request: CompletionRequest) -> None:
     if request.suffix:
         raise BadRequest("suffix is not supported: the models served here only continue a text", param="suffix")
+    if request.prompt_logprobs is not None:
+        raise BadRequest("prompt_logprobs is not supported here; use echo with logprobs", param="prompt_logprobs")
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise BadRequest("best_of is supported only if equal to n", param="best_of")
 

@@ -43,8 +43,10 @@ KEEP_ALIVE = 120
 """Seconds an idle connection stays open: longer than a gateway keeps one, so that it is not closed under a request."""
 STALL = 60.0
 """Seconds a client may leave a full connection unread before its request is given up."""
+SILENCE = 60.0
+"""Seconds an engine with open requests may say nothing at all; then they fail. (It reports every second between steps.)"""
 WATCH = 5.0
-"""Seconds between two looks for such clients."""
+"""Seconds between two looks for either."""
 
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -135,6 +137,7 @@ class Front:
             uvicorn.Config(
                 application(self.state),
                 loop="none",
+                http="httptools",
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -156,11 +159,12 @@ class Front:
     async def serve(self) -> None:
         """Raises `ConfigError` if an address cannot be listened on."""
         self._socket = _listen(self.state.worker.host, self.state.worker.port)
-        watch = asyncio.create_task(self._cut_stalled())
+        watches = [asyncio.create_task(self._cut_stalled()), asyncio.create_task(self._fail_unanswered())]
         try:
             await self._server.serve(sockets=[self._socket])
         finally:
-            watch.cancel()
+            for watch in watches:
+                watch.cancel()
             self.state.client.close(Unavailable("the worker is shutting down"))
             if self._engines is not None:
                 self._engines.close()
@@ -201,6 +205,15 @@ class Front:
                     log.warning("a client has not read for %g s; its request is given up", STALL)
                     exchange.cut = True
                     exchange.task.cancel()
+
+    async def _fail_unanswered(self) -> None:
+        """An engine that hangs without dying: nobody waits for it for ever."""
+        client = self.state.client
+        while True:
+            await asyncio.sleep(WATCH)
+            if client.open_count and not await client.alive(SILENCE):
+                log.error("the engine has been silent for %g s; %d sequences fail", SILENCE, client.open_count)
+                client.fail_all(Unavailable(f"the engine has not answered for {SILENCE:g} s"))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -43,6 +43,8 @@ class Exchange:
     inbox: Inbox
     outputs: list[Output]
     by_id: dict[str, Output]
+    headers: list[Header]
+    """The client's request id, given back."""
     received: float
     last: list[float]
     """Per output: when its latest token came; 0.0 before the first."""
@@ -77,7 +79,7 @@ class GenerateRoute:
     async def _serve(self, scope: Scope, receive: Receive, send: Send, received: float) -> str:
         check_json(scope)
         body = await read_body(scope, receive, self._state.max_body)
-        exchange = await self._begin(body, _rid(scope), received)
+        exchange = await self._begin(body, header(scope, b"x-request-id"), received)
         watcher = asyncio.ensure_future(receive())  # the body is read: what comes now is the hang-up
         watcher.add_done_callback(lambda _: exchange.inbox.hang_up())
         self._state.exchanges.add(exchange)
@@ -95,8 +97,10 @@ class GenerateRoute:
             watcher.cancel()
             self._account(exchange)
 
-    async def _begin(self, body: bytes, rid: str | None, received: float) -> Exchange:
+    async def _begin(self, body: bytes, given: bytes | None, received: float) -> Exchange:
         context = self._state.context
+        rid = given.decode("latin-1") if given else None
+        headers = [(b"x-request-id", given)] if given else []
         if len(body) > LONG_BODY:
             loop, thread = asyncio.get_running_loop(), self._state.thread
             job, writer = await loop.run_in_executor(thread, self._dialect.parse, body, context, rid)
@@ -110,7 +114,8 @@ class GenerateRoute:
         ids = [client.unique(o.rid if total == 1 else f"{o.rid}#{o.index}") for o in outputs]
         inbox = client.start(job.generates(ids, context))
         by_id = dict(zip(ids, outputs, strict=True))
-        return Exchange(job, writer, inbox, outputs, by_id, received, [0.0] * total, total, task=asyncio.current_task())
+        last, task = [0.0] * total, asyncio.current_task()
+        return Exchange(job, writer, inbox, outputs, by_id, headers, received, last, total, task=task)
 
     async def _whole(self, exchange: Exchange, send: Send) -> str:
         while exchange.unfinished:
@@ -121,7 +126,7 @@ class GenerateRoute:
 
     async def _push(self, exchange: Exchange, send: Send, body: bytes) -> None:
         exchange.sending_since = self._state.clock.now()
-        await reply(send, 200, body)
+        await reply(send, 200, body, headers=exchange.headers)
         exchange.sending_since = 0.0
 
     async def _stream(self, exchange: Exchange, send: Send) -> str:
@@ -131,7 +136,8 @@ class GenerateRoute:
                 messages = await exchange.inbox.take()
                 events = self._events(exchange, messages)
                 if not started:
-                    await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+                    headers = [*EVENT_STREAM, *exchange.headers]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
                     started = True
                 if not exchange.unfinished:
                     events += exchange.writer.end(exchange.outputs)
@@ -189,11 +195,6 @@ class GenerateRoute:
             if output.finish is not None:
                 self._state.metrics.end_to_end.observe(now - exchange.received)
             self._state.metrics.finished(output.usage, output.timeline)
-
-
-def _rid(scope: Scope) -> str | None:
-    given = header(scope, b"x-request-id")
-    return given.decode("latin-1") if given else None
 
 
 def _outcome(outputs: Sequence[Output]) -> str:
