@@ -44,7 +44,7 @@ KEEP_ALIVE = 120
 STALL = 60.0
 """Seconds a client may leave a full connection unread before its request is given up."""
 SILENCE = 60.0
-"""Seconds an engine with open requests may say nothing at all; then they fail. (It reports every second between steps.)"""
+"""Seconds an engine with open requests may say nothing at all before they fail (it reports every second between steps)."""
 WATCH = 5.0
 """Seconds between two looks for either."""
 
