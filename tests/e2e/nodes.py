@@ -69,6 +69,12 @@ class Node:
     def idle(self) -> bool:
         return all(answer.done for answer in self.answers.values())
 
+    def close(self) -> None:
+        """Lets go of everything, whoever still holds the node itself (pytest does, until the very end)."""
+        self.assembly.close()
+        self.waker.close()
+        del self.assembly
+
     def assert_clean(self) -> None:
         """All pages free, nothing between prefill and decode."""
         engine = self.assembly.engine
@@ -145,8 +151,7 @@ def whole(engine: EngineConfig) -> Iterator[Whole]:
     try:
         yield Whole(node)
     finally:
-        node.assembly.close()
-        node.waker.close()
+        node.close()
 
 
 @contextmanager
@@ -159,5 +164,4 @@ def pair(engine: EngineConfig, transport: str, decode: EngineConfig | None = Non
         yield joined
     finally:
         for node in (decode_node, prefill_node):
-            node.assembly.close()
-            node.waker.close()
+            node.close()

@@ -28,7 +28,9 @@ QUESTIONS = (
 
 @pytest.fixture(scope="module")
 def stack(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with serve(smollm2, "native(P:d1t1p1|D:d1t1p1)", tmp_path_factory.mktemp("real"), "--chunked-prefill-size", "128") as s:
+    with serve(
+        smollm2, "native(P:d1t1p1|D:d1t1p1)", tmp_path_factory.mktemp("real"), "--chunked-prefill-size", "128"
+    ) as s:
         yield s
 
 
@@ -46,7 +48,9 @@ def test_smollm2_says_what_transformers_says(stack: Stack, smollm2: Path) -> Non
             max_tokens=24,
             temperature=0,
         )
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         with torch.inference_mode():
             output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         prompt_len = inputs["input_ids"].shape[1]

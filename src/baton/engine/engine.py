@@ -45,12 +45,21 @@ class Engine:
                 return [self.load(id)]
 
     def step(self) -> list[ToFront]:
+        return self.poll() + self.compute()
+
+    def poll(self) -> list[ToFront]:
+        """What has arrived, and what has become of it. Separate from `compute`, so that the front hears of a first
+        token from a prefill worker before the next forward step, not after it."""
         arrived = self.role.poll()
+        if arrived:
+            self._last_batch_empty = False
+        return self._count(arrived)
+
+    def compute(self) -> list[ToFront]:
+        """One forward step, if there is something to compute."""
         batch = self.scheduler.next_batch()
-        self._last_batch_empty = not batch and not arrived
-        if not batch:
-            return self._count(arrived)
-        return self._count(arrived + self._compute(batch))
+        self._last_batch_empty = not batch
+        return self._count(self._compute(batch)) if batch else []
 
     def expire(self) -> list[ToFront]:
         """Fail what has passed its own deadline."""

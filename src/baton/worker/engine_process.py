@@ -108,7 +108,8 @@ def serve(engine: Engine, end: EngineEnd, clock: Clock) -> None:
             for message in end.receive(_patience(engine, clock)):
                 end.send(engine.handle(message))
             end.send(engine.expire())
-            end.send(engine.step())
+            end.send(engine.poll())
+            end.send(engine.compute())
             now = clock.now()
             if now - reported >= LOAD_INTERVAL:
                 reported = now
