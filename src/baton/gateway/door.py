@@ -52,11 +52,10 @@ class Answer(Protocol):
 class AsgiAnswer:
     """An `Answer` through an ASGI server."""
 
-    __slots__ = ("_aborted", "_send", "status")
+    __slots__ = ("_send", "status")
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._aborted = False
         self.status = 0
 
     async def start(self, status: int, headers: list[Header]) -> None:
@@ -67,16 +66,7 @@ class AsgiAnswer:
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
     def abort(self) -> None:
-        self._aborted = True
-
-    def check(self) -> None:
-        """Raises `Aborted`: an ASGI server closes the connection when its application fails."""
-        if self._aborted:
-            raise Aborted("the answer broke off; the connection is closed so that the client notices")
-
-
-class Aborted(Exception):
-    """Told to the ASGI server, nobody else."""
+        """Nothing to do: an ASGI server closes the connection of an answer that its application leaves unfinished."""
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:

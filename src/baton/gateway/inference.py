@@ -94,6 +94,10 @@ class Inference:
                 await refuse(answer, inbound.path, error, relay.headers)
             else:
                 answer.abort()
+        except asyncio.CancelledError:
+            if not deadline.forced:
+                raise
+            answer.abort()
         finally:
             deadline.cancel()
         if relay.first:
@@ -113,6 +117,7 @@ class Inference:
                     await self._relay(legs, parcel, relay, pulse)
                     return
                 self._metrics.leg_error(lost.role, _kind(lost))
+                log.info("%s: attempt lost at %r", parcel.path, lost)
                 if lost.fault is not Fault.STALE:
                     avoid |= {lost.worker}
                 again = _again(choose, avoid, lost) if budget.allows(lost) else None
@@ -175,10 +180,12 @@ class Budget:
 class Deadline:
     """The end of a request: first told to whoever waits for a worker; then, if the client does not read, by force."""
 
-    __slots__ = ("_loop", "_message", "_pulse", "_task", "_timer")
+    __slots__ = ("_loop", "_message", "_pulse", "_task", "_timer", "forced")
 
     def __init__(self, pulse: Pulse, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         self._pulse, self._loop, self._task = pulse, loop, asyncio.current_task()
+        self.forced = False
+        """The task was cancelled by us."""
         self._message = f"the request was not finished within {seconds:g} s"
         self._timer = loop.call_later(seconds, self._expire)
 
@@ -188,7 +195,11 @@ class Deadline:
     def _expire(self) -> None:
         self._pulse.expire(self._message)
         if self._task is not None:
-            self._timer = self._loop.call_later(GRACE_SECONDS, self._task.cancel)
+            self._timer = self._loop.call_later(GRACE_SECONDS, self._force, self._task)
+
+    def _force(self, task: asyncio.Task[None]) -> None:
+        self.forced = True
+        task.cancel()
 
 
 async def refuse(
