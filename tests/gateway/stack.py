@@ -48,7 +48,7 @@ async def stack(
     async with (
         Mock(prefill) as p,
         Mock(decode) as d,
-        serving(config, [(p.url, 8998)], [d.url], [m.url for m in regular or []]) as (gateway, _, port),
+        serving(config, [(p.url, 8998)], [d.url], [m.url for m in regular or []]) as (gateway, _, _, port),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=15) as client,
     ):
         if ready:

@@ -220,6 +220,7 @@ def test_as_a_process_until_sigterm() -> None:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=10)
         assert b"Traceback" not in errors
+        assert process.returncode == 0
     finally:
         process.kill()
         process.communicate()

@@ -258,7 +258,7 @@ async def _drain() -> None:
     async with Mock(RECEIPT) as p, Mock(events(*CHUNKS, DONE, gap=0.01)) as d:
         config = GatewayConfig(port=0, drain_timeout=5.0)
         async with httpx.AsyncClient(timeout=10) as client:
-            async with serving(config, [(p.url, None)], [d.url], []) as (gateway, _, port):
+            async with serving(config, [(p.url, None)], [d.url], []) as (gateway, _, _, port):
                 await until(lambda: all(w.healthy for w in gateway.router.registry.workers))
                 url = f"http://127.0.0.1:{port}{CHAT}"
                 task = asyncio.create_task(client.post(url, json={"stream": True}))

@@ -7,9 +7,10 @@ import contextlib
 import hmac
 import logging
 import re
+import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import uvicorn
 
@@ -100,8 +101,8 @@ class Gateway:
         return len(given) == 1 and hmac.compare_digest(given[0], self._key)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, which tells when it listens."""
+class Server(uvicorn.Server):
+    """uvicorn, which tells when it listens, and leaves signals to the process."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -111,6 +112,15 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         self.listening.set()
 
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        """The first time: let requests finish. The second time: do not."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
 
 @contextlib.asynccontextmanager
 async def serving(
@@ -118,18 +128,18 @@ async def serving(
     prefill: Sequence[tuple[str, int | None]] = (),
     decode: Sequence[str] = (),
     regular: Sequence[str] = (),
-) -> AsyncIterator[tuple[Gateway, asyncio.Task[None], int]]:
-    """A listening gateway inside the running loop: (gateway, the server's task, port). Leaving the block lets requests
+) -> AsyncIterator[tuple[Gateway, Server, asyncio.Task[None], int]]:
+    """A listening gateway inside the running loop: (gateway, server, its task, port). Leaving the block lets requests
     in progress finish, for `drain_timeout` seconds at most. Raises `ConfigError` for unusable addresses."""
     listener = bind(config.host, config.port)
     gateway = Gateway(config)
     try:
         _register(gateway.router, prefill, decode, regular)
-        server = _Server(_uvicorn_config(gateway, config))
+        server = Server(_uvicorn_config(gateway, config))
         task = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))
         await server.listening.wait()
         try:
-            yield gateway, task, listener.getsockname()[1]
+            yield gateway, server, task, listener.getsockname()[1]
         finally:
             server.should_exit = True
             await task
@@ -148,9 +158,12 @@ def run(config: GatewayConfig, prefill: list[tuple[str, int | None]], decode: li
 async def _run(
     config: GatewayConfig, prefill: list[tuple[str, int | None]], decode: list[str], regular: list[str]
 ) -> None:
-    async with serving(config, prefill, decode, regular) as (_, server, port):
+    async with serving(config, prefill, decode, regular) as (_, server, task, port):
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, server.stop)
         log.info("gateway listens on http://%s:%d", config.host, port)
-        await server
+        await task
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -195,6 +208,7 @@ def _uvicorn_config(gateway: Gateway, config: GatewayConfig) -> uvicorn.Config:
         log_config=None,
         log_level="warning",
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         date_header=False,
         timeout_keep_alive=75,
