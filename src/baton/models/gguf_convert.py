@@ -18,7 +18,7 @@ from gguf.quants import dequantize, quantize
 
 from baton.models.gguf_tokenizer import write_tokenizer
 from baton.models.progress import Progress
-from baton.models.source import SourceFailed
+from baton.models.source import SourceFailed, write_json
 
 BF16_BYTES = 2
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -63,9 +63,9 @@ def convert(source: Path, into: Path, progress: Progress) -> None:
         raise SourceFailed(f"{source.name} is not a GGUF file: {error}") from error
     meta = Metadata(reader)
     config = llama_config(meta, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
-    _write_json(into / "config.json", config)
+    write_json(into / "config.json", config)
     specials = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
-    _write_json(into / "generation_config.json", specials)
+    write_json(into / "generation_config.json", specials)
     write_tokenizer(meta, into)
     _write_weights(reader, config, into / "model.safetensors", progress)
 
@@ -170,7 +170,3 @@ def _hub_name(name: str) -> str:
 def _shortest(value: float) -> float:
     """GGUF holds float32: 9.999999747e-06 was meant as 1e-05."""
     return float(str(np.float32(value)))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")

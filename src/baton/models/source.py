@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -29,6 +30,25 @@ class Source(Protocol):
         """Fills `into` so that `missing(into)` is empty, or raises `SourceFailed`. Left-overs of an earlier try
         of the same source may be there, to be used or overwritten."""
         ...
+
+
+class WithSampling:
+    """Another source, and sampling defaults for its generation_config.json where that has none."""
+
+    def __init__(self, source: Source, sampling: Mapping[str, float]) -> None:
+        self.name = source.name
+        self._source = source
+        self._sampling = sampling
+
+    def fetch(self, into: Path, progress: Progress) -> None:
+        self._source.fetch(into, progress)
+        path = into / "generation_config.json"
+        own = msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) if path.is_file() else {}
+        write_json(path, {"do_sample": True, **self._sampling, **own})
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
 
 
 def missing(directory: Path, weights: bool = True) -> str:
