@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -12,6 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
+from baton.base.config import DisaggConfig, WorkerConfig
+from baton.base.errors import ConfigError
+from baton.worker.front import Front, new_event_loop
 
 from .rig import MODEL, Rig, in_flight, wait_for
 
@@ -155,6 +160,12 @@ def test_the_process_ends_on_sigterm(model_dir: Path, tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_channel_that_cannot_be_opened_is_the_operators_fault(model_dir: Path, tmp_path: Path) -> None:
+    front = Front(WorkerConfig(port=0), str(model_dir), str(tmp_path / "no" / "c"), DisaggConfig())
+    with pytest.raises(ConfigError, match="channel"), asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(front.serve())
 
 
 def test_a_taken_port_is_the_operators_fault(rig: Rig, model_dir: Path, tmp_path: Path) -> None:

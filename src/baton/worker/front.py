@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
@@ -44,7 +43,7 @@ KEEP_ALIVE = 120
 STALL = 60.0
 """Seconds a client may leave a full connection unread before its request is given up."""
 SILENCE = 60.0
-"""Seconds an engine with open requests may say nothing at all before they fail (it reports every second between steps)."""
+"""Seconds an engine with open requests may say nothing before they fail (it reports every second between steps)."""
 WATCH = 5.0
 """Seconds between two looks for either."""
 
@@ -186,12 +185,19 @@ class Front:
         asyncio.get_running_loop().call_later(patience, self.state.client.fail_all, reason)
 
     async def _open_channel(self) -> None:
-        self._channel.unlink(missing_ok=True)
-        loop = asyncio.get_running_loop()
+        """The path appears when the channel is open, and ours alone."""
+        unready = self._channel.with_name(self._channel.name + ".new")
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._engines = await loop.create_unix_server(self.state.client.connection, str(self._channel))
-            os.chmod(self._channel, 0o600)
+            unready.unlink(missing_ok=True)
+            listener.bind(str(unready))
+            unready.chmod(0o600)
+            listener.setblocking(False)
+            loop = asyncio.get_running_loop()
+            self._engines = await loop.create_unix_server(self.state.client.connection, sock=listener)
+            unready.rename(self._channel)
         except OSError as error:
+            listener.close()
             raise ConfigError(f"the engine's channel {self._channel} cannot be opened: {error}") from error
         self._listening.set()
 
