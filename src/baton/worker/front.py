@@ -102,7 +102,12 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        await self._opened()
+        try:
+            await self._opened()
+        except BaseException:
+            for server in self.servers:
+                server.close()
+            raise
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
