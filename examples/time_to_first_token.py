@@ -1,5 +1,6 @@
 """What prefill/decode costs and buys, seen from outside: time to first token and gaps between tokens."""
 
+import itertools
 import os
 import statistics
 import time
@@ -13,6 +14,6 @@ for words in (10, 100, 400):
     started = time.perf_counter()
     stream = client.completions.create(model=model, prompt="tea " * words, max_tokens=24, temperature=0, stream=True)
     times = [time.perf_counter() for chunk in stream if chunk.choices]
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
     print(f"{words:4} words: first token after {1e3 * (times[0] - started):6.0f} ms,", end=" ")
     print(f"then one every {1e3 * statistics.median(gaps):.1f} ms" if gaps else "and no more")

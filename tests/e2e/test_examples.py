@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.stacks import Stack, serve
-from tests.e2e.test_http import FLAGS
 
+FLAGS = ("--kv-pages", "512", "--page-size", "8", "--max-model-len", "2048")
+"""Room for the longest prompt, 400 words of three tokens each in the tiny model's vocabulary."""
+FLAGS = ("--kv-pages", "256", "--max-model-len", "2048")
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
