@@ -10,7 +10,7 @@ wired otherwise, stays as it is and still works.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,61 +22,65 @@ from baton.base.layout import KVLayout
 from baton.engine.attention import HeadTransform, PlainAttention, Rows, Spec, Step
 from baton.engine.kernels import Team
 from baton.engine.kv_pool import KVPool
-from baton.engine.quantize import Projection
+from baton.engine.quantize import Projection, best_projection
 from baton.engine.rowwise import Gate, Norm, activation_name
 
 PROBE_ROWS = 6
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 """How far a lean layer may be from the one it replaces, as a share of the largest value."""
 
+Convert = Callable[[Projection], Projection]
 
-class Mlp(nn.Module):
+
+class Mlp:
     """down(activation(gate(x)) * up(x)), gate and up in one product."""
 
     def __init__(self, gate_up: Projection, gate: Gate, down: Projection) -> None:
-        super().__init__()
         self.gate_up = gate_up
         self.gate = gate
         self.down = down
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(self.gate(self.gate_up(x)))
-        return y
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(self.gate(self.gate_up(x)))
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.down.plus(self.gate(self.gate_up(x)), residual)
 
+    def convert(self, best: Convert) -> None:
+        self.gate_up, self.down = best(self.gate_up), best(self.down)
 
-class AnyMlp(nn.Module):
-    """A feed-forward part that we know nothing of (mixture of experts), with the interface of ours."""
+
+class ForeignMlp:
+    """A feed-forward part that we do not take apart (a mixture of experts), behind the interface of ours."""
 
     def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
         self.inner = inner
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x[None])
-        first: Tensor = y[0] if isinstance(y, Tensor) else y[0][0]
-        return first
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x[None])
+        return y[0]
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         return residual + self(x)
 
+    def convert(self, best: Convert) -> None:
+        _convert_linears(self.inner, best)
 
-class Around(nn.Module):
+
+class Around:
     """The norm before a part, and the one after it where there is one: x + after(part(before(x)))."""
 
     def __init__(self, before: Norm, after: Norm | None) -> None:
-        super().__init__()
         self.before = before
         self.after = after
 
-    def join(self, part: Projection | Mlp | AnyMlp, y: Tensor, residual: Tensor) -> Tensor:
+    def join(self, part: Projection | Mlp | ForeignMlp, y: Tensor, residual: Tensor) -> Tensor:
         return part.plus(y, residual) if self.after is None else self.after.plus(part(y), residual)
 
 
 class LeanLayer(nn.Module):
-    """One decoder layer in eight calls."""
+    """One decoder layer in eight calls. Its parts are plain objects: looking them up in a module costs more than
+    a small kernel does."""
 
     def __init__(
         self,
@@ -84,18 +88,16 @@ class LeanLayer(nn.Module):
         qkv: Projection,
         head_norms: tuple[Norm, Norm] | None,
         output: Projection,
-        mlp: Mlp | AnyMlp,
-        around_attention: Around,
-        around_mlp: Around,
+        mlp: Mlp | ForeignMlp,
+        around: tuple[Around, Around],
     ) -> None:
         super().__init__()
         self.spec = spec
         self.qkv = qkv
-        self.head_norms = nn.ModuleList(head_norms or ())
+        self.head_norms = head_norms
         self.output = output
         self.mlp = mlp
-        self.around_attention = around_attention
-        self.around_mlp = around_mlp
+        self.around_attention, self.around_mlp = around
 
     def forward(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], step: Step, **_: Any
@@ -108,10 +110,49 @@ class LeanLayer(nn.Module):
         return x[None]
 
     def _transform(self, cos: Tensor, sin: Tensor) -> HeadTransform:
-        if not self.head_norms:
-            return HeadTransform(cos[0], sin[0])
+        if self.head_norms is None:
+            return HeadTransform(cos, sin)
         query, key = self.head_norms
-        return HeadTransform(cos[0], sin[0], query.weight, key.weight, query.eps)
+        return HeadTransform(cos, sin, query.weight, key.weight, query.eps)
+
+    def convert(self, best: Convert) -> None:
+        self.qkv, self.output = best(self.qkv), best(self.output)
+        self.mlp.convert(best)
+
+
+class Plug(nn.Module):
+    """One of our parts in the place of a module: [..., inputs] -> [..., outputs]."""
+
+    def __init__(self, part: Projection | Norm) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.part(x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def convert_linears(model: nn.Module, weight_dtype: str, team: Team) -> None:
+    """Every linear layer of a fused float32 CPU model in its fastest form, one after another, so that no more than
+    one is there twice."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    _convert_linears(model, lambda linear: best_projection(linear, weight_dtype, team), head)
+    for parent, name in _places_of(model, head):
+        best = best_projection(Projection.merged([head]), weight_dtype, team, is_head=True)
+        setattr(parent, name, Plug(best))
+
+
+def _convert_linears(model: nn.Module, best: Convert, head: nn.Module | None = None) -> None:
+    for parent in list(model.modules()):
+        if isinstance(parent, LeanLayer):
+            parent.convert(best)
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child is not head:
+                setattr(parent, name, Plug(best(Projection.merged([child]))))
+
+
+def _places_of(model: nn.Module, wanted: nn.Module) -> list[tuple[nn.Module, str]]:
+    return [(p, name) for p in model.modules() for name, child in p.named_children() if child is wanted]
 
 
 # --- proof -------------------------------------------------------------------------------------------------------
@@ -173,7 +214,7 @@ def _probe(model: nn.Module, layout: KVLayout, heads: int) -> tuple[Recorder, di
         if len(args) == 1:
             seen[layer] = Seen(args[0], settings, output)
 
-    hooks = [l[i].register_forward_hook(listen, with_kwargs=True) for l, i in _decoder_layers(model)]
+    hooks = [layers[i].register_forward_hook(listen, with_kwargs=True) for layers, i in _decoder_layers(model)]
     tokens = torch.arange(PROBE_ROWS, device=parameter.device) + 3
     model(
         input_ids=tokens[None],
@@ -204,30 +245,41 @@ def _same(lean: LeanLayer, seen: Seen) -> bool:
 
 
 def _lean(layer: nn.Module, specs: dict[int, Spec], team: Team | None) -> LeanLayer | None:
-    """The lean twin of a layer that has the parts we know; sharing its weights where it can."""
-    attention, mlp = layer.self_attn, layer.mlp if hasattr(layer, "mlp") else None
+    """The lean twin of a layer that has the parts we know, None for any other."""
+    children = dict(layer.named_children())
+    attention, mlp = children.pop("self_attn"), children.pop("mlp", None)
     parts = dict(attention.named_children())
-    linears = [parts.pop(name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    head_norms = [_norm(parts.pop(name), team) for name in ("q_norm", "k_norm") if name in parts]
-    around = _around(layer, team)
-    spec = specs.get(attention.layer_idx)
-    known = all(type(linear) is nn.Linear for linear in linears) and not parts and len(head_norms) in (0, 2)
-    if not known or mlp is None or around is None or spec is None or None in head_norms:
+    projections = _take_linears(parts, ("q_proj", "k_proj", "v_proj", "o_proj"))
+    head_norms = [norm for name in ("q_norm", "k_norm") if name in parts and (norm := _norm(parts.pop(name), team))]
+    around = _around(children, team)
+    spec = specs.get(_index(attention))
+    if projections is None or parts or mlp is None or around is None or spec is None:
         return None
-    query, key, value, output = linears
     return LeanLayer(
         spec,
-        Projection.merged([query, key, value]),
-        (head_norms[0], head_norms[1]) if head_norms else None,
-        Projection.merged([output]),
+        Projection.merged(projections[:3]),
+        (head_norms[0], head_norms[1]) if len(head_norms) == 2 else None,
+        Projection.merged(projections[3:]),
         _mlp(mlp, team),
-        *around,
+        around,
     )
 
 
-def _around(layer: nn.Module, team: Team | None) -> tuple[Around, Around] | None:
+def _index(attention: nn.Module) -> int:
+    index = attention.layer_idx
+    return index if isinstance(index, int) else -1
+
+
+def _take_linears(parts: dict[str, nn.Module], names: Sequence[str]) -> list[nn.Linear] | None:
+    """Pop `names` from `parts`; None unless all are there and plain linear layers."""
+    found = [parts.pop(name, None) for name in names]
+    linears = [linear for linear in found if type(linear) is nn.Linear]
+    return linears if len(linears) == len(names) else None
+
+
+def _around(children: dict[str, nn.Module], team: Team | None) -> tuple[Around, Around] | None:
     """Llama's two norms, or Gemma's four; None for anything else."""
-    norms = {name: _norm(child, team) for name, child in layer.named_children() if name not in ("self_attn", "mlp")}
+    norms = {name: _norm(child, team) for name, child in children.items()}
     first, second = norms.pop("input_layernorm", None), norms.pop("post_attention_layernorm", None)
     third, fourth = norms.pop("pre_feedforward_layernorm", None), norms.pop("post_feedforward_layernorm", None)
     if first is None or second is None or norms or (third is None) != (fourth is None):
@@ -237,15 +289,13 @@ def _around(layer: nn.Module, team: Team | None) -> tuple[Around, Around] | None
     return Around(first, second), Around(third, fourth)
 
 
-def _mlp(module: nn.Module, team: Team | None) -> Mlp | AnyMlp:
+def _mlp(module: nn.Module, team: Team | None) -> Mlp | ForeignMlp:
     parts = dict(module.named_children())
-    linears = [parts.pop(name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    linears = _take_linears(parts, ("gate_proj", "up_proj", "down_proj"))
     activation = parts.pop("act_fn", None)
-    if parts or activation is None or not all(type(linear) is nn.Linear for linear in linears):
-        return AnyMlp(module)
-    name = activation_name(activation)
-    if name is None:
-        return AnyMlp(module)
+    name = activation_name(activation) if activation is not None else None
+    if parts or linears is None or name is None:
+        return ForeignMlp(module)
     return Mlp(Projection.merged(linears[:2]), Gate(name, team), Projection.merged(linears[2:]))
 
 
@@ -253,9 +303,9 @@ def _replace_norms(model: nn.Module, team: Team | None) -> None:
     """Those outside of lean layers: the last one, and all in layers that stay as they are."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            norm = None if isinstance(child, Norm) else _norm(child, team)
+            norm = _norm(child, team)
             if norm is not None:
-                setattr(parent, name, norm)
+                setattr(parent, name, Plug(norm))
 
 
 def _norm(module: nn.Module, team: Team | None) -> Norm | None:
@@ -265,7 +315,7 @@ def _norm(module: nn.Module, team: Team | None) -> Norm | None:
     if "RMSNorm" not in type(module).__name__ or not isinstance(weight, Tensor) or weight.dim() != 1 or not eps:
         return None
     x = torch.linspace(-2, 3, 3 * len(weight), device=weight.device).view(3, -1).to(weight.dtype)
-    expected = module(x)
+    expected: Tensor = module(x)
     for candidate in (weight.data, 1.0 + weight.data.float()):
         norm = Norm(candidate, eps, team)
         if (norm(x) - expected).abs().max() <= TOLERANCES[weight.dtype] * expected.abs().max():

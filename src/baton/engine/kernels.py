@@ -53,12 +53,26 @@ def _as_float(_typing: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
+def _prefetch(_typing: Any, address: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), (cgutils.voidptr_t, flag, flag, flag))
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        place = builder.inttoptr(values[0], cgutils.voidptr_t)
+        builder.call(function, (place, flag(0), flag(3), flag(1)))  # to read, soon again, data
+
+    return types.void(types.int64), generate
+
+
 take = intrinsic(_take)
 """take(words) -> the next task's number; the caller stops when it is not below the number of tasks."""
 pointer = intrinsic(_pointer)
 """pointer(address) -> voidptr, for `carray`."""
 as_float = intrinsic(_as_float)
 """as_float(int32) -> the float32 with these bits."""
+
+prefetch = intrinsic(_prefetch)
+"""prefetch(address): start to load its cache line; harmless whatever the address is."""
 
 inline = numba.njit(fastmath=FASTMATH, inline="always", error_model="numpy")
 """For functions that kernels call."""
@@ -165,3 +179,15 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
 
 _NOLOAD = ctypes.DEFAULT_MODE | 0x4
 """RTLD_NOLOAD: only a library that is loaded already."""
+
+
+def keep_freed_memory() -> None:
+    """Tell the C library to keep large blocks that are freed: a step's temporaries come and go in milliseconds, and
+    giving them back to the system means a page fault for every 4 KB each time. Without effect outside glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(_M_TRIM_THRESHOLD, 2**30)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

@@ -18,12 +18,11 @@ from baton.base.config import EngineConfig
 from baton.base.errors import ConfigError
 from baton.base.layout import KVLayout
 from baton.engine.attention import IMPLEMENTATION, Attention, PlainAttention, Spec, cpu
-from baton.engine.fuse import fuse
+from baton.engine.fuse import convert_linears, fuse
 from baton.engine.grammar import Grammars, NoGrammars
-from baton.engine.kernels import Team
+from baton.engine.kernels import Team, keep_freed_memory
 from baton.engine.kv_pool import DTYPES, KVPool, pool_bytes
 from baton.engine.model_runner import EagerForward, ModelRunner
-from baton.engine.quantize import narrow_linears
 from baton.engine.sampler import Sampler
 
 GIB = 2**30
@@ -80,12 +79,13 @@ def build_runner(config: EngineConfig, memory: Callable[[int], memoryview] | Non
     settings = read_config(resolved.path)
     shape = shape_of(settings)
     torch.set_num_threads(resolved.threads)
+    keep_freed_memory()
     model = load_model(settings, resolved, config.load_format)
     layout = kv_layout(shape, resolved, config)
     team = Team(resolved.threads) if resolved.device.type == "cpu" and resolved.dtype == "float32" else None
     check_windows(settings, fuse(model, layout, shape.heads, team))
     if team is not None:
-        narrow_linears(model, resolved.weight_dtype, team)
+        convert_linears(model, resolved.weight_dtype, team)
     num_pages = count_pages(config, layout, resolved.device)
     buffer = memory(pool_bytes(layout, num_pages)) if memory is not None and resolved.device.type == "cpu" else None
     pool = KVPool(layout, num_pages, buffer, resolved.device)

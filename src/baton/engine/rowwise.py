@@ -82,49 +82,45 @@ def _kernel(name: str) -> Kernel:
     return Kernel({"silu": _silu_gate, "gelu_tanh": _gelu_tanh_gate}[name], "qqqq")
 
 
-class Norm(nn.Module):
-    """RMS norm: x / rms(x) * weight, computed in float32. Without a team: by torch."""
+class Norm:
+    """RMS norm: x / rms(x) * weight, computed in float32. A team: by our kernel, for float32 on the CPU."""
 
     def __init__(self, weight: Tensor, eps: float, team: Team | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = weight.contiguous()
         self.eps = eps
         self._team = team
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._team is None or x.dtype != torch.float32:
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._team is None:
             return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-        return self._run(x, 0)
+        return self._run(self._team, x.contiguous(), 0)
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + norm(x)"""
-        if self._team is None or x.dtype != torch.float32 or not residual.is_contiguous():
+        if self._team is None or not residual.is_contiguous():
             return residual + self(x)
-        return self._run(x, residual.data_ptr())
+        return self._run(self._team, x.contiguous(), residual.data_ptr())
 
-    def _run(self, x: Tensor, residual: int) -> Tensor:
-        assert self._team is not None
-        size = x.shape[-1]
-        x = x.contiguous()
+    def _run(self, team: Team, x: Tensor, residual: int) -> Tensor:
         out = torch.empty_like(x)
-        rows = x.numel() // size
-        run = self._team.run_alone if x.numel() <= ALONE else self._team.run
-        run(_kernel("norm"), rows, size, x.data_ptr(), self.weight.data_ptr(), residual, out.data_ptr(), size, self.eps)
+        size, count = x.shape[-1], x.numel()
+        places = (x.data_ptr(), self.weight.data_ptr(), residual, out.data_ptr(), size)
+        run = team.run_alone if count <= ALONE else team.run
+        run(_kernel("norm"), count // size, size, *places, self.eps)
         return out
 
 
-class Gate(nn.Module):
-    """[rows, 2 * size] -> activation of the first half times the second half, [rows, size]."""
+class Gate:
+    """[..., 2 * size] -> activation of the first half times the second half, [..., size]."""
 
     def __init__(self, name: str, team: Team | None) -> None:
-        super().__init__()
         assert name in ACTIVATIONS
         self.name = name
         self._team = team
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         size = x.shape[-1] // 2
-        if self._team is None or x.dtype != torch.float32:
+        if self._team is None:
             gate, up = x[..., :size], x[..., size:]
             return (F.silu(gate) if self.name == "silu" else F.gelu(gate, approximate="tanh")) * up
         x = x.contiguous()

@@ -59,7 +59,7 @@ class HeadTransform:
     """What happens to query and key heads before attention: RMS norm (where there are weights), then rotation."""
 
     cos: Tensor
-    """[rows, head_dim], as `sin`: contiguous."""
+    """[1, rows, head_dim], as `sin`: contiguous."""
     sin: Tensor
     query_norm: Tensor | None = None
     """[head_dim], as `key_norm`: both or none."""

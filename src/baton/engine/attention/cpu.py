@@ -40,8 +40,8 @@ class CpuAttention:
         self.pool = pool
         self.heads = heads
         self.team = team
-        self.group = heads // pool.layout.kv_heads
-        self.write, self.decode, self.prefill = kernels(pool.layout.head_dim, self.group)
+        self.span = TILE // (heads // pool.layout.kv_heads)
+        self.write, self.decode, self.prefill = kernels(pool.layout.head_dim, heads // pool.layout.kv_heads)
 
     def begin(self, rows: Rows) -> CpuStep:
         return CpuStep(self, rows)
@@ -52,72 +52,57 @@ class CpuStep:
         layout = owner.pool.layout
         self._owner = owner
         self._rows = rows
-        self._pages = np.ascontiguousarray(rows.pages)
-        self._starts = np.ascontiguousarray(rows.starts)
         self._slots = _slots(rows, layout.page_size)
-        self._tiles = _tiles(rows, TILE // owner.group)
-        self._tokens_per_page = layout.page_size
-        self._page_floats = layout.page_bytes // 4
-        self._layer_floats = self._page_floats // layout.layers
+        self._tiles = _tiles(rows, owner.span)
+        page_floats = layout.page_bytes // 4
+        self._layer_floats = page_floats // layout.layers
+        self._pool = owner.pool.pages.data_ptr()
+        self._geometry = (layout.kv_heads, layout.page_size, page_floats)
+        self._places = (rows.pages.ctypes.data, rows.pages.shape[1])
+        self._slots_place, self._starts_place = self._slots.ctypes.data, rows.starts.ctypes.data
+        self._tiles_place, self._tile_count = self._tiles.ctypes.data, len(self._tiles)
 
     def attend(self, spec: Spec, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self._attend(spec, _rows_apart(query), _rows_apart(key), _rows_apart(value), None)
+        query, key, value = _rows_apart(query), _rows_apart(key), _rows_apart(value)
+        out = query.new_empty(query.shape)
+        strides = (query.stride(0), key.stride(0), value.stride(0))
+        self._launch(spec, strides, (query.data_ptr(), key.data_ptr(), value.data_ptr()), (0, 0, 0, 0), 0.0, out)
+        return out
 
     def attend_merged(self, spec: Spec, merged: Tensor, transform: HeadTransform) -> Tensor:
         layout, heads = self._owner.pool.layout, self._owner.heads
-        split = merged.view(merged.shape[0], -1, layout.head_dim)
-        query, key, value = split.split_with_sizes((heads, layout.kv_heads, layout.kv_heads), 1)
-        return self._attend(spec, query, key, value, transform).flatten(1)
-
-    def _attend(self, spec: Spec, query: Tensor, key: Tensor, value: Tensor, transform: HeadTransform | None) -> Tensor:
-        owner, layout, count = self._owner, self._owner.pool.layout, self._rows.count
-        out = query.new_empty(query.shape)
-        t = transform
-        geometry = (
-            layout.kv_heads,
-            layout.page_size,
-            self._page_floats,
-            spec.layer * self._layer_floats,
-            query.stride(0),
-            key.stride(0),
-            value.stride(0),
-            owner.pool.pages.data_ptr(),
-        )
-        rotation = (
-            (t.cos.data_ptr(), t.sin.data_ptr(), _address(t.query_norm), _address(t.key_norm)) if t else (0, 0, 0, 0)
-        )
-        numbers = (t.eps if t else 0.0, spec.scale, spec.softcap, 0.0)
-
-        def launch(kernel: Kernel, tasks: int, q: Tensor, o: Tensor, table: NDArray[np.int32], run: int = 0) -> None:
-            run_here = owner.team.run_alone if tasks == 1 else owner.team.run
-            run_here(
-                kernel,
-                tasks,
-                run,
-                *geometry,
-                q.data_ptr(),
-                key.data_ptr(),
-                value.data_ptr(),
-                *rotation,
-                self._slots.ctypes.data,
-                o.data_ptr(),
-                self._pages.ctypes.data,
-                self._pages.shape[1],
-                table.ctypes.data,
-                spec.window,
-                0,
-                0,
-                0,
-                *numbers,
-            )
-
-        launch(owner.write, count, query, out, self._starts, RUN)
-        decodes = self._rows.decodes
-        if decodes:
-            launch(owner.decode, decodes, query, out, self._starts)
-        if len(self._tiles):
-            launch(owner.prefill, len(self._tiles), query, out, self._tiles)
+        rows, width = merged.shape
+        query = merged.data_ptr()
+        key = query + 4 * heads * layout.head_dim
+        value = key + 4 * layout.kv_heads * layout.head_dim
+        norms = (0, 0)
+        if transform.query_norm is not None and transform.key_norm is not None:
+            norms = (transform.query_norm.data_ptr(), transform.key_norm.data_ptr())
+        angles = (transform.cos.data_ptr(), transform.sin.data_ptr())
+        out = merged.new_empty(rows, heads * layout.head_dim)
+        self._launch(spec, (width, width, width), (query, key, value), (*angles, *norms), transform.eps, out)
         return out
+
+    def _launch(
+        self,
+        spec: Spec,
+        strides: tuple[int, int, int],
+        inputs: tuple[int, int, int],
+        transform: tuple[int, int, int, int],
+        eps: float,
+        out: Tensor,
+    ) -> None:
+        """One block of words for all three kernels; only the number of tasks and their table differ."""
+        owner, decodes = self._owner, self._rows.decodes
+        layer = (*self._geometry, spec.layer * self._layer_floats, *strides, self._pool, *inputs, *transform)
+        where = (self._slots_place, out.data_ptr(), *self._places)
+        numbers = (spec.window, 0, 0, 0, eps, spec.scale, spec.softcap, 0.0)
+        run = owner.team.run_alone if self._rows.count == 1 else owner.team.run
+        run(owner.write, self._rows.count, RUN, *layer, *where, 0, *numbers)
+        if decodes:
+            owner.team.run(owner.decode, decodes, 0, *layer, *where, self._starts_place, *numbers)
+        if self._tile_count:
+            owner.team.run(owner.prefill, self._tile_count, 0, *layer, *where, self._tiles_place, *numbers)
 
 
 def _slots(rows: Rows, page_size: int) -> NDArray[np.int64]:
@@ -127,7 +112,7 @@ def _slots(rows: Rows, page_size: int) -> NDArray[np.int64]:
     return pages * page_size + rows.positions % page_size
 
 
-def _tiles(rows: Rows, span: int) -> NDArray[np.int32]:
+def _tiles(rows: Rows, span: int) -> NDArray[np.int64]:
     """[tiles, 4] slice, first row, first position, positions: every chunk in runs of `span`; those that see most come
     first, so that the threads end together."""
     tiles = [
@@ -136,14 +121,10 @@ def _tiles(rows: Rows, span: int) -> NDArray[np.int32]:
         for at in range(0, int(rows.counts[index]), span)
     ]
     tiles.sort(key=lambda tile: -tile[2])
-    return np.array(tiles, dtype=np.int32).reshape(-1, 4)
+    return np.array(tiles, dtype=np.int64).reshape(-1, 4)
 
 
 def _rows_apart(tensor: Tensor) -> Tensor:
     """[rows, heads, head_dim] with the heads of a row side by side, so that rows are one stride apart."""
     inner = tensor.stride()[1:] == (tensor.shape[2], 1)
     return tensor if inner else tensor.contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numba import carray, types
 
-from baton.engine.kernels import exp, f32, floats, inline, ints, pointer, take, tanh
+from baton.engine.kernels import exp, f32, floats, inline, ints, pointer, prefetch, take, tanh
 
 TILE = 192
 """Query rows (positions x group) of one prefill task: the vector loops run over them."""
@@ -29,7 +29,7 @@ NEVER = f32(-1e30)
 """A score that no softmax notices."""
 
 WORDS = "qqqqqqqqqqqqqqqqqqqqqqqqqqdddd"
-"""Shared by all kernels of this file; see `Call` in cpu.py for their names."""
+"""Shared by all kernels of this file; packed by `CpuStep._launch`."""
 
 
 def _transform(place: Any, weights: Any, eps: Any, cos: Any, sin: Any, head_dim: Any) -> None:
@@ -54,7 +54,16 @@ def _transform(place: Any, weights: Any, eps: Any, cos: Any, sin: Any, head_dim:
             high[d] = y * cos_high[d] + x * sin_high[d]
 
 
+def _place_of(
+    position: Any, pages: Any, first_page: Any, page_size: Any, page_floats: Any, head_place: Any, head_dim: Any
+) -> Any:
+    """Address of the K of one token and one KV head."""
+    page = np.int64(pages[first_page + position // page_size])
+    return head_place + 4 * (page * page_floats + position % page_size * head_dim)
+
+
 transform = inline(_transform)
+place_of = inline(_place_of)
 
 
 def make_write(head_dim: int, group: int) -> Callable[[Any], None]:
@@ -115,6 +124,7 @@ def make_decode(head_dim: int, group: int) -> Callable[[Any], None]:
         most = np.empty(group, np.float32)
         total = np.empty(group, np.float32)
         base = np.empty(BLOCK, np.int64)
+        ahead = np.empty(BLOCK, np.int64)
         while True:
             task = take(raw)
             if task >= rows * kv_heads:
@@ -129,13 +139,19 @@ def make_decode(head_dim: int, group: int) -> Callable[[Any], None]:
                     scaled[g, d] = query[d] * scale
                     sums[g, d] = f32(0.0)
             head_place = words[10] + 4 * (layer_floats + head * page_size * head_dim)
+            for j in range(min(BLOCK, end - begin)):
+                base[j] = place_of(begin + j, pages, row * most_pages, page_size, page_floats, head_place, head_dim)
             for block in range(begin, end, BLOCK):
                 count = min(BLOCK, end - block)
+                coming = min(BLOCK, end - block - BLOCK)  # may be negative
+                for j in range(coming):  # pages lie far apart: ask for the next block's lines before they are needed
+                    position = block + BLOCK + j
+                    ahead[j] = place_of(position, pages, row * most_pages, page_size, page_floats, head_place, head_dim)
                 for j in range(count):
-                    position = block + j
-                    page = np.int64(pages[row * most_pages + position // page_size])
-                    base[j] = head_place + 4 * (page * page_floats + position % page_size * head_dim)
-                for j in range(count):
+                    if j < coming:
+                        for line in range(0, 4 * head_dim, 64):
+                            prefetch(ahead[j] + line)
+                            prefetch(ahead[j] + half_bytes + line)
                     key = floats(base[j], head_dim)
                     for g in range(group):
                         score = f32(0.0)
@@ -173,6 +189,8 @@ def make_decode(head_dim: int, group: int) -> Callable[[Any], None]:
                         w0 = scores[g, j]
                         for d in range(head_dim):
                             sums[g, d] += w0 * v0[d]
+                for j in range(coming):
+                    base[j] = ahead[j]
             for g in range(group):
                 out = floats(words[19] + 4 * (row * kv_heads * group + head * group + g) * head_dim, head_dim)
                 factor = f32(1.0) / total[g]
@@ -243,7 +261,7 @@ def make_prefill(head_dim: int, group: int) -> Callable[[Any], None]:
         page_floats, layer_floats = words[5], words[6]
         q_stride = words[7]
         pages, most_pages = ints(words[20], 1 << 60), words[21]
-        table = carray(pointer(words[22]), (tiles, 4), types.int32)  # slice, first row, first position, count
+        table = carray(pointer(words[22]), (tiles, 4), types.int64)  # slice, first row, first position, count
         window = words[23]
         scale, softcap = f32(numbers[28]), f32(numbers[29])
         half_bytes = 4 * kv_heads * page_size * head_dim
@@ -261,7 +279,7 @@ def make_prefill(head_dim: int, group: int) -> Callable[[Any], None]:
                 break
             head = task % kv_heads
             tile = table[task // kv_heads]
-            owner, first_row, first, count = np.int64(tile[0]), np.int64(tile[1]), np.int64(tile[2]), np.int64(tile[3])
+            owner, first_row, first, count = tile[0], tile[1], tile[2], tile[3]
             end = first + count
             begin = max(0, first - window + 1) if window > 0 else 0
             for r in range(TILE):
@@ -277,8 +295,9 @@ def make_prefill(head_dim: int, group: int) -> Callable[[Any], None]:
             for block in range(begin, end, BLOCK):
                 for j in range(BLOCK):
                     position = min(block + j, end - 1)
-                    page = np.int64(pages[owner * most_pages + position // page_size])
-                    base[j] = head_place + 4 * (page * page_floats + position % page_size * head_dim)
+                    base[j] = place_of(
+                        position, pages, owner * most_pages, page_size, page_floats, head_place, head_dim
+                    )
                 score_block(scores, queries, base, head_dim)
                 if softcap > f32(0.0):
                     for j in range(BLOCK):

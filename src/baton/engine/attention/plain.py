@@ -78,7 +78,7 @@ def _norm(heads: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def _rotate(heads: Tensor, transform: HeadTransform) -> Tensor:
     half = heads.shape[-1] // 2
     turned = torch.cat((-heads[..., half:], heads[..., :half]), -1)
-    return heads * transform.cos[:, None] + turned * transform.sin[:, None]
+    return heads * transform.cos[0, :, None] + turned * transform.sin[0, :, None]
 
 
 def _attend(spec: Spec, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
