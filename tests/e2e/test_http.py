@@ -117,8 +117,13 @@ def test_many_at_once(divided: Stack, undivided: Stack) -> None:
     assert ours == theirs
 
 
-def test_the_openai_client(divided: Stack) -> None:
-    client = openai.OpenAI(base_url=f"{divided.url}/v1", api_key="none", max_retries=0)
+@pytest.fixture
+def client(divided: Stack) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{divided.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_the_openai_client(client: openai.OpenAI) -> None:
     model = client.models.list().data[0].id
     messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
     plain = client.chat.completions.create(
@@ -148,8 +153,7 @@ def test_the_openai_client(divided: Stack) -> None:
     assert [choice.index for choice in three.choices] == [0, 1, 2]
 
 
-def test_a_request_for_another_model(divided: Stack) -> None:
-    client = openai.OpenAI(base_url=f"{divided.url}/v1", api_key="none", max_retries=0)
+def test_a_request_for_another_model(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="no-such-model"):
         client.chat.completions.create(model="no-such-model", messages=[{"role": "user", "content": "hi"}])
 

@@ -34,9 +34,14 @@ def stack(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         yield s
 
 
+@pytest.fixture
+def client(stack: Stack) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
 @pytest.mark.slow
-def test_smollm2_says_what_transformers_says(stack: Stack, smollm2: Path) -> None:
-    client = openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0)
+def test_smollm2_says_what_transformers_says(client: openai.OpenAI, smollm2: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     name = client.models.list().data[0].id
