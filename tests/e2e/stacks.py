@@ -68,7 +68,16 @@ def free_port() -> int:
 def serve(model: Path | str, backend: str, directory: Path, *flags: str) -> Iterator[Stack]:
     port = free_port()
     log = directory / f"serve-{port}.log"
-    command = [sys.executable, "-m", "baton", "serve", str(model), "--backend", backend, "--port", str(port), *flags]
+    # Ports of its own: two test runs on one machine do not get into each other's way.
+    ports = (
+        "--port",
+        str(port),
+        "--worker-port",
+        str(free_port()),
+        "--disaggregation-bootstrap-port",
+        str(free_port()),
+    )
+    command = [sys.executable, "-m", "baton", "serve", str(model), "--backend", backend, *ports, *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     stack = Stack(process, f"http://127.0.0.1:{port}", log)
