@@ -208,7 +208,9 @@ def shape_of(config: Any) -> Shape:
 def load_model(config: Any, resolved: Resolved, load_format: str) -> torch.nn.Module:
     """The Transformers model, on its device, calling our attention. Raises `ConfigError`."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # the command line shows its own
     dtype = DTYPES[resolved.dtype]
     if load_format == "dummy":
         with torch.random.fork_rng(devices=[]):
