@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 
 from baton.base.config import EngineConfig
 from baton.base.errors import ConfigError
@@ -125,9 +126,12 @@ def resolve(config: EngineConfig) -> Resolved:
     device = _device(config)
     on_cpu = device.type == "cpu"
     dtype = config.dtype if config.dtype != "auto" else "float32" if on_cpu else _own_dtype(path)
-    if not on_cpu and config.weight_dtype == "int8":
-        raise ConfigError("weight_dtype int8 is for the CPU; on a GPU use auto or bfloat16")
     weight_dtype = dtype if config.weight_dtype == "auto" else config.weight_dtype
+    if weight_dtype != dtype and not (on_cpu and dtype == "float32"):
+        raise ConfigError(
+            f"weight_dtype {weight_dtype} needs dtype float32 on the CPU; here dtype is {dtype} on {device.type}: "
+            "leave weight_dtype at auto"
+        )
     return Resolved(path, device, dtype, weight_dtype, config.threads or _cores())
 
 
@@ -219,19 +223,32 @@ def load_model(config: Any, resolved: Resolved, load_format: str) -> torch.nn.Mo
     else:
         if not list(resolved.path.glob("*.safetensors")):
             raise ConfigError(f"{resolved.path} has no *.safetensors; use load_format dummy for random weights")
-        model = AutoModelForCausalLM.from_pretrained(
-            resolved.path,
-            dtype=dtype,
-            attn_implementation=IMPLEMENTATION,
-            local_files_only=True,
-            use_safetensors=True,
-        )
+        model = _read_weights(resolved.path, dtype)
     if not model._supports_attention_backend:
         raise ConfigError(f"{type(model).__name__} does not use Transformers' attention interface")
     if hasattr(model, "generation_config"):
         model.generation_config = None
     model = model.to(resolved.device).eval().requires_grad_(False)
     assert isinstance(model, torch.nn.Module)
+    return model
+
+
+def _read_weights(path: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=IMPLEMENTATION,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (RuntimeError, OSError, SafetensorError) as error:
+        raise ConfigError(f"the weights in {path} do not fit its config.json: {error}") from error
+    if report["missing_keys"]:
+        raise ConfigError(f"the weights in {path} lack {', '.join(sorted(report['missing_keys'])[:5])}")
     return model
 
 

@@ -1,0 +1,80 @@
+"""The runner's own promises: batch order, prompt logprobs over chunks, rows independent of their batch."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from baton.base.config import EngineConfig
+from baton.engine.load import Built, build_runner
+
+from .drive import drive, engine_of, request, texts
+from .models import make
+
+PROMPT = [random.Random(3).randrange(3, 199) for _ in range(45)]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("llama", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def built(path: Path) -> Built:
+    return build_runner(EngineConfig(model=str(path), kv_pages=32, threads=1))
+
+
+@pytest.fixture(scope="module")
+def reference(path: Path) -> torch.Tensor:
+    """log p(token | before) of PROMPT's tokens 1.. by Transformers."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    logprobs = model(torch.tensor([PROMPT])).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0].detach()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 44, 45, 512])
+def test_prompt_logprobs_over_any_chunks(built: Built, reference: torch.Tensor, chunk: int) -> None:
+    heard = drive(engine_of(built, chunk=chunk), [request("a", PROMPT, 2, prompt_logprobs=2)])["a"]
+    told = heard[0].prompt_logprobs
+    assert [entry.token for entry in told] == PROMPT[1:]
+    torch.testing.assert_close(torch.tensor([entry.logprob for entry in told]), reference, atol=1e-4, rtol=1e-4)
+    assert all(len(entry.top) == 2 and entry.top[0][0] >= (entry.logprob or 0.0) - 1e-4 for entry in told)
+
+
+@pytest.mark.parametrize("start", [0, 10, 44, 45])
+def test_prompt_logprobs_from_a_position_on(built: Built, reference: torch.Tensor, start: int) -> None:
+    sent = request("a", PROMPT, 1, prompt_logprobs=0, prompt_logprobs_start=start)
+    told = drive(engine_of(built, chunk=7), [sent])["a"][0].prompt_logprobs
+    assert [entry.token for entry in told] == PROMPT[start + 1 :]
+    expected = reference[start:]
+    torch.testing.assert_close(torch.tensor([entry.logprob for entry in told]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_seeded_answers_do_not_depend_on_the_batch(built: Built) -> None:
+    wanted = request("a", PROMPT, 20, temperature=0.9, seed=11)
+    alone = texts(drive(engine_of(built), [wanted]))["a"]
+    others = [request(str(seed), PROMPT[seed:], 25, temperature=1.3, seed=seed) for seed in range(1, 6)]
+    assert texts(drive(engine_of(built, chunk=5), [*others[:3], wanted, *others[3:]]))["a"] == alone
+    assert texts(drive(engine_of(built, pages=9), [*others[:3], wanted, *others[3:]]))["a"] == alone
+
+
+def test_two_threads_say_the_same_as_one(path: Path, built: Built) -> None:
+    both = build_runner(EngineConfig(model=str(path), kv_pages=32, threads=2))
+    try:
+        sent = [request(str(index), PROMPT[index:], 20) for index in range(4)]
+        assert texts(drive(engine_of(both), sent)) == texts(drive(engine_of(built), sent))
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_forgetting_is_idempotent(built: Built) -> None:
+    from baton.base.messages import Generate
+    from baton.engine.sequence import Sequence
+
+    sequence = Sequence.of(Generate("never seen", (1,), request("a", [1], 1).sampling), 0.0)
+    built.runner.forget(sequence)
+    built.runner.forget(sequence)
