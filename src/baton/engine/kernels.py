@@ -138,6 +138,14 @@ class Kernel:
         self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
 
+def _compile(body: Callable[[Any], None]) -> Any:
+    signature = types.void(types.voidptr)
+    try:
+        return numba.cfunc(signature, fastmath=FASTMATH, error_model="numpy", cache=True)(body)
+    except RuntimeError:  # nowhere to write the cache to: compile in every process
+        return numba.cfunc(signature, fastmath=FASTMATH, error_model="numpy")(body)
+
+
 class Team:
     """Runs kernels on `threads` threads; one per engine, used by its one thread."""
 

@@ -23,7 +23,7 @@ from baton.engine.fuse import convert_linears, fuse
 from baton.engine.grammar import Grammars, NoGrammars
 from baton.engine.kernels import Team, keep_freed_memory
 from baton.engine.kv_pool import DTYPES, KVPool, pool_bytes
-from baton.engine.model_runner import EagerForward, ModelRunner
+from baton.engine.model_runner import EagerForward, Forward, ModelRunner
 from baton.engine.sampler import Sampler
 
 GIB = 2**30
@@ -89,18 +89,19 @@ def build_runner(config: EngineConfig, memory: Callable[[int], memoryview] | Non
         convert_linears(model, resolved.weight_dtype, team)
     num_pages = count_pages(config, layout, resolved.device)
     buffer = memory(pool_bytes(layout, num_pages)) if memory is not None and resolved.device.type == "cpu" else None
-    pool = KVPool(layout, num_pages, buffer, resolved.device)
+    spare = 0 if resolved.device.type == "cpu" else 1  # for the padding rows of CUDA graphs; in nobody's page table
+    pool = KVPool(layout, num_pages + spare, buffer, resolved.device)
     eos = eos_token_ids(resolved.path, settings)
     sampler = Sampler(shape.vocab_size, eos, _grammars(resolved.path))
-    runner = ModelRunner(
-        EagerForward(model), _attention(pool, shape.heads, team), sampler, config.page_size, resolved.device
-    )
+    length = max_model_len(config, shape, layout, num_pages)
+    attention, forward = _compute(config, model, pool, shape.heads, team, layout.pages_for(length))
+    runner = ModelRunner(forward, attention, sampler, config.page_size, resolved.device)
     return Built(
         runner,
         pool,
         layout,
         num_pages,
-        max_model_len(config, shape, layout, num_pages),
+        length,
         eos,
         shape.vocab_size,
         shape.architectures,
@@ -109,10 +110,22 @@ def build_runner(config: EngineConfig, memory: Callable[[int], memoryview] | Non
     )
 
 
-def _attention(pool: KVPool, heads: int, team: Team | None) -> Attention:
+def _compute(
+    config: EngineConfig, model: torch.nn.Module, pool: KVPool, heads: int, team: Team | None, most_pages: int
+) -> tuple[Attention, Forward]:
+    """The kernels for this device, and how the model is called with them."""
+    forward = EagerForward(model)
     if team is not None and cpu.supports(pool, heads):
-        return cpu.CpuAttention(pool, heads, team)
-    return PlainAttention(pool, heads)
+        return cpu.CpuAttention(pool, heads, team), forward
+    if pool.pages.device.type == "cpu":
+        return PlainAttention(pool, heads), forward
+    from baton.engine.attention.cuda import CudaAttention
+    from baton.engine.attention.graphs import GraphForward
+
+    attention = CudaAttention(pool, heads)
+    if not config.cuda_graphs:
+        return attention, forward
+    return attention, GraphForward(forward, attention, most_pages, spare_page=pool.num_pages - 1)
 
 
 # --- decisions ---------------------------------------------------------------------------------------------------

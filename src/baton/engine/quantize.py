@@ -96,6 +96,7 @@ class NarrowProjection(Projection):
         super().__init__(weight.to(narrow).contiguous(), bias)
         self._few_rows = few_rows
         self._team = team
+        self._kernel = _multiply(narrow == torch.int8)
         self._wide = torch.bfloat16 if can_multiply(torch.bfloat16) else torch.float32
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class NarrowProjection(Projection):
         y = x.new_empty(rows, outputs)
         bias = 0 if self.bias is None else self.bias.data_ptr()
         places = (x.data_ptr(), self.weight.data_ptr(), self.scale.data_ptr(), bias, y.data_ptr())
-        self._team.run(_multiply(self.weight.dtype == torch.int8), rows, outputs, inputs, *places)
+        self._team.run(self._kernel, rows, outputs, inputs, *places)
         return y
 
     def _many(self, x: Tensor) -> Tensor:

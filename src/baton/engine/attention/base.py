@@ -102,3 +102,22 @@ def lay_out(batch: Seq[Slice], page_size: int) -> Rows:
         pages[index, : used[index]] = piece.sequence.pages[: used[index]]
     positions = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(starts - first_rows, counts)
     return Rows(positions, pages, starts, counts, first_rows, int((counts == 1).sum()))
+
+
+def slots_of(rows: Rows, page_size: int) -> NDArray[np.int64]:
+    """[rows] page * page_size + offset of each row's token."""
+    owners = np.repeat(np.arange(len(rows.counts)), rows.counts)
+    pages = rows.pages[owners, rows.positions // page_size].astype(np.int64)
+    return pages * page_size + rows.positions % page_size
+
+
+def tiles_of(rows: Rows, span: int) -> NDArray[np.int64]:
+    """[tiles, 4] slice, first row, first position, positions: every chunk in runs of `span`; those that see most come
+    first, so that the threads end together."""
+    tiles = [
+        (index, rows.first_rows[index] + at, rows.starts[index] + at, min(span, rows.counts[index] - at))
+        for index in range(rows.decodes, len(rows.counts))
+        for at in range(0, int(rows.counts[index]), span)
+    ]
+    tiles.sort(key=lambda tile: -tile[2])
+    return np.array(tiles, dtype=np.int64).reshape(-1, 4)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from baton.engine.attention.base import HeadTransform, Rows, Spec
+from baton.engine.attention.base import HeadTransform, Rows, Spec, slots_of, tiles_of
 from baton.engine.attention.cpu_kernels import TILE, WORDS, make_decode, make_prefill, make_write
 from baton.engine.kernels import Kernel, Team
 from baton.engine.kv_pool import KVPool
@@ -52,8 +50,8 @@ class CpuStep:
         layout = owner.pool.layout
         self._owner = owner
         self._rows = rows
-        self._slots = _slots(rows, layout.page_size)
-        self._tiles = _tiles(rows, owner.span)
+        self._slots = slots_of(rows, layout.page_size)
+        self._tiles = tiles_of(rows, owner.span)
         page_floats = layout.page_bytes // 4
         self._layer_floats = page_floats // layout.layers
         self._pool = owner.pool.pages.data_ptr()
@@ -103,25 +101,6 @@ class CpuStep:
             owner.team.run(owner.decode, decodes, 0, *layer, *where, self._starts_place, *numbers)
         if self._tile_count:
             owner.team.run(owner.prefill, self._tile_count, 0, *layer, *where, self._tiles_place, *numbers)
-
-
-def _slots(rows: Rows, page_size: int) -> NDArray[np.int64]:
-    """[rows] page * page_size + offset of each row's token."""
-    owners = np.repeat(np.arange(len(rows.counts)), rows.counts)
-    pages = rows.pages[owners, rows.positions // page_size].astype(np.int64)
-    return pages * page_size + rows.positions % page_size
-
-
-def _tiles(rows: Rows, span: int) -> NDArray[np.int64]:
-    """[tiles, 4] slice, first row, first position, positions: every chunk in runs of `span`; those that see most come
-    first, so that the threads end together."""
-    tiles = [
-        (index, rows.first_rows[index] + at, rows.starts[index] + at, min(span, rows.counts[index] - at))
-        for index in range(rows.decodes, len(rows.counts))
-        for at in range(0, int(rows.counts[index]), span)
-    ]
-    tiles.sort(key=lambda tile: -tile[2])
-    return np.array(tiles, dtype=np.int64).reshape(-1, 4)
 
 
 def _rows_apart(tensor: Tensor) -> Tensor:
