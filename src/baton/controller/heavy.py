@@ -136,6 +136,12 @@ class Link:
         self._inbox.put(Exited(name, run, code))
 
 
+PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""OpenMP reads this when it is loaded, so it must stand before the preload. Threads that wait sleep instead of
+spinning: an engine shares its cores with fronts, gateway and whatever else runs (docs/benchmarks.md). The user's own
+setting wins."""
+
+
 def _launch(preload: Sequence[str], log: Path) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
     """The process, our end of its control connection, and the end of the lifeline that is ours to hold."""
     ours, theirs = socket.socketpair()
@@ -150,6 +156,7 @@ def _launch(preload: Sequence[str], log: Path) -> tuple[subprocess.Popen[bytes],
                 stderr=output,
                 start_new_session=True,
                 pass_fds=(theirs.fileno(), ear),
+                env={**PATIENT_THREADS, **os.environ},
             )
     finally:
         os.close(ear)
