@@ -61,13 +61,16 @@ def serves(pair: Pair, room: int = 99) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("side", ["prefill", "decode", "both"])
 def test_abort_at_every_stage(make_pair: MakePair, transport: str, stage: str, side: str) -> None:
-    pair = make_pair(transport, chunk=8, meet_timeout=0.15)
+    pair = make_pair(transport, chunk=8)
     request = pair.request("r", prompt(40), 1, max_tokens=200)
     reach(pair, stage, request)
     for name, one in (("prefill", pair.prefill), ("decode", pair.decode)):
         if side in (name, "both"):
             one.send(Abort("r"))
             one.send(Abort("r"))  # idempotent
+    if stage in ("p first", "d first", "parked"):  # one side alone has the request: it waits until its user is gone too
+        pair.prefill.send(Abort("r"))
+        pair.decode.send(Abort("r"))
     pair.pump(lambda: pair.prefill.role.handoffs.open == 0)
     if not (stage == "done" and side == "prefill"):  # else P is done with it, and D goes on
         pair.pump(lambda: pair.decode.ended("r") or not pair.decode.heard)
@@ -85,6 +88,19 @@ def test_an_abort_reaches_the_other_side(make_pair: MakePair, transport: str) ->
         pair.finish(request.id)
         assert (other.failure(request.id).status, other.failure(request.id).code) == (502, "handoff_lost")
         assert "cancelled" in other.failure(request.id).message
+        pair.settle()
+
+
+def test_p_need_not_wait_for_an_offer_that_never_comes(make_pair: MakePair) -> None:
+    pair = make_pair(pages=12)
+    pair.ask("first", prompt(40), 1, max_tokens=8)
+    pair.pump(lambda: bool(pair.decode.heard.get("first")), pair.decode, pair.prefill)
+    pair.ask("second", prompt(40, 2), 2)  # no pages for it on D
+    pair.decode.turn()
+    pair.decode.send(Abort("second"))
+    pair.pump(lambda: pair.prefill.ended("second"), limit=2.0)
+    assert "gave up" in pair.prefill.failure("second").message
+    pair.finish("first")
     pair.settle()
 
 
@@ -195,11 +211,13 @@ def test_p_dies(make_pair: MakePair, transport: str, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_d_dies(make_pair: MakePair, transport: str, stage: str) -> None:
-    pair = make_pair(transport, chunk=8, meet_timeout=0.15)
+    pair = make_pair(transport, chunk=8)
     request = pair.request("r", prompt(40), 1, max_tokens=200)
     reach(pair, stage, request)
     pair.prefill.send(request) if stage == "d first" else None
     pair.decode.engine.close()
+    if stage in ("p first", "d first", "parked"):  # P may never have heard of this D: the gateway tells it
+        pair.prefill.send(Abort("r"))
     pair.pump(lambda: pair.prefill.ended("r"), pair.prefill, limit=3.0)
     pair.pump(pair.prefill.idle_and_whole, pair.prefill)
 
@@ -216,6 +234,22 @@ def test_p_comes_back_as_another(make_pair: MakePair, transport: str) -> None:
     reborn = Pair(again.prefill, pair.decode, pair._woken)
     if transport != "loopback":  # whose network ends with its pair
         serves(reborn, room=1)  # the same room, another epoch
+
+
+def test_pages_that_come_free_are_offered_at_once(make_pair: MakePair) -> None:
+    """An engine that has nothing to compute sleeps until somebody wakes it: the step that frees pages must use them."""
+    pair = make_pair(pages=12)
+    pair.ask("first", prompt(40), 1)
+    pair.pump(lambda: bool(pair.decode.heard.get("first")))
+    pair.decode.send(pair.request("second", prompt(40, 2), 2))
+    pair.pump(lambda: pair.decode.ended("first"), pair.decode)
+    assert pair.decode.pool.free == 2  # no further turn was needed
+    pair.decode.send(pair.request("third", prompt(40, 3), 3))
+    pair.decode.turn()
+    pair.decode.send(Abort("second"))
+    pair.pump(lambda: pair.decode.pool.free == 2, pair.decode)
+    pair.decode.send(Abort("third"))
+    pair.settle()
 
 
 # --- a transport that fails on purpose -----------------------------------------------------------------------------

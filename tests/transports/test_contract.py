@@ -245,6 +245,27 @@ def test_a_guest_who_breaks_the_rules_writes_nowhere(frame: bytes) -> None:
     ends.close()
 
 
+def test_a_tag_shut_in_the_middle_of_a_frame() -> None:
+    """What the network still holds goes nowhere, even if its first half was welcome."""
+    ends = Ends("tcp")
+    grant = ends.receiver.grant("127.0.0.1")
+    grant.admit(TAG, [(0, 1000)])
+    where = tcp._CODEC.decode(grant.description)
+    with socket.create_connection((where.host, where.port)) as late:
+        late.settimeout(5)
+        late.sendall(tcp.MAGIC + where.token)
+        assert late.recv(1) == b"\1"
+        late.sendall(tcp.HEADER.pack(TAG, 1, 1) + (0).to_bytes(8, "little") + (1000).to_bytes(8, "little") + b"a" * 500)
+        end = time.monotonic() + 5
+        while ends.target.memory[499] != ord("a"):
+            assert time.monotonic() < end
+        assert grant.shut(TAG)
+        late.sendall(b"b" * 500)
+        assert tcp.ACK.unpack(late.recv(tcp.ACK.size)) == (1, tcp.UNWANTED)
+    assert bytes(ends.target.memory[:1000]) == b"a" * 500 + b"\0" * 500
+    ends.close()
+
+
 def test_shm_is_for_this_host_only() -> None:
     ends = Ends("shm")
     elsewhere = Codec(ShmDescription).encode(ShmDescription("another boot", b"\0nobody", b"t" * 16, SIZE))

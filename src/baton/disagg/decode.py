@@ -77,7 +77,7 @@ class Decode:
         self._receiver = receiver
         self._layout = layout
         self._clock = clock
-        self._epochs = itertools.count(random.getrandbits(48))
+        self._epochs = itertools.count(random.getrandbits(48) + 1)
         self._by_id: dict[str, Incoming] = {}
         """All that are neither done nor lost; `_by_key` the same by room."""
         self._by_key: dict[Key, Incoming] = {}
@@ -303,6 +303,8 @@ class Decode:
             self._draining[handoff.epoch] = incoming
             if incoming.route.refuse(offer, error.message, tell):
                 self._settle(incoming.route, handoff.epoch)
+        elif incoming.route.up:
+            incoming.route.call_off(handoff.room, error.message)
         return [Failed.of(incoming.sequence.id, error)]
 
     def _drain(self, incoming: Incoming, now: float) -> None:

@@ -31,7 +31,7 @@ from baton.disagg.bootstrap import Link
 from baton.disagg.handoff import Event, Handoff, Patience, State
 from baton.disagg.sender import Broken, Gone, Heard, Passed, Sender, Stream
 from baton.disagg.terms import unacceptable
-from baton.disagg.wire import Accepted, Cancel, Lost, Manifest, Met, Offer, Progress, Settled
+from baton.disagg.wire import NO_EPOCH, Accepted, Cancel, Lost, Manifest, Met, Offer, Progress, Settled
 from baton.engine.roles import Committer
 from baton.engine.scheduler import Scheduler
 from baton.engine.sequence import Sequence
@@ -252,10 +252,12 @@ class Prefill:
 
     def _cancelled(self, link: Link, room: int, epoch: int, why: str) -> list[ToFront]:
         outgoing, early = self._rooms.get(room), self._early.get(room)
+        error = HandoffLost(f"the decode worker gave up: {why}")
+        if epoch == NO_EPOCH:
+            return self._lose(outgoing, Event.CANCELLED, error) if outgoing and outgoing.offer is None else []
         if early is not None and early.link is link and early.offer.epoch == epoch:
             del self._early[room]
         if outgoing is not None and outgoing.link is link and outgoing.handoff.epoch == epoch:
-            error = HandoffLost(f"the decode worker gave up: {why}")
             return self._lose(outgoing, Event.CANCELLED, error, tell=False)  # `Settled` is the answer
         if not any(o.link is link and o.handoff.epoch == epoch for o in self._draining):
             link.send(Settled(room, epoch))

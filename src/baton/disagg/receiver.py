@@ -20,6 +20,7 @@ from baton.base.messages import Message
 from baton.disagg.bootstrap import CONNECT_TIMEOUT, Inbox, Link
 from baton.disagg.wire import (
     DECODE_HEARS,
+    NO_EPOCH,
     PROTOCOL,
     Accepted,
     Cancel,
@@ -168,6 +169,10 @@ class Route:
         if tell:
             self._say(Cancel(offer.room, offer.epoch, why))
         return self._grants[self.way].shut(offer.epoch) or self.settled
+
+    def call_off(self, room: int, why: str) -> None:
+        """There will be no offer for this room: P need not wait for it."""
+        self._say(Cancel(room, NO_EPOCH, why))
 
     def landed(self, epoch: int) -> int:
         """How many pages of this attempt are here."""

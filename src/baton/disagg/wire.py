@@ -23,6 +23,8 @@ from baton.base.layout import KVLayout
 from baton.base.messages import Codec, Failed, Message, TokenLogprob
 
 PROTOCOL = 1
+NO_EPOCH = 0
+"""In a `Cancel`: the room was never offered, and will not be; there is nothing to settle."""
 HEADER = 4
 MAX_GREETING = 1 << 16
 """Bytes of the first frame of a connection: strangers get no more memory than this."""
