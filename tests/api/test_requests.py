@@ -129,6 +129,10 @@ def test_chat_options(model: ModelContext) -> None:
     plan = parse(Chat(), model, **base, logprobs=True).plans[0]
     assert plan.sampling.logprobs == 0
     assert parse(Chat(), model, **base, max_tokens=4, max_completion_tokens=5).plans[0].sampling.max_tokens == 5
+    with pytest.raises(BadRequest, match="prompt_logprobs is not supported"):
+        parse(Chat(), model, **base, prompt_logprobs=0)
+    with pytest.raises(BadRequest, match="bad_words is not supported"):
+        parse(Chat(), model, **base, bad_words=["x"])
     with pytest.raises(BadRequest, match="exclude"):
         parse(Chat(), model, **base, continue_final_message=True, add_generation_prompt=True)
 

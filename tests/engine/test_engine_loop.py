@@ -303,6 +303,7 @@ def test_an_error_of_the_runner_hurts_whom_it_names(error: Exception, victims: s
     while world.engine.busy:
         world.listen(world.engine.step())
     assert set(world.failed) == victims
+    assert {failed.param for failed in world.failed.values()} == {None}  # ids of ours are no fields of the client's
     assert all(world.finished(id) for id in {"r0", "r1", "r2"} - victims)
     world.engine.audit()
     assert world.pool.free == world.pool.total

@@ -52,6 +52,7 @@ COMPLETIONS = {
     "seed too large": (b'{"prompt": "a", "seed": 99999999999999999999999}', 400, "seed"),
     "suffix": (b'{"prompt": "a", "suffix": "b"}', 400, "suffix"),
     "prompt_logprobs": (b'{"prompt": "a", "prompt_logprobs": 1}', 400, "prompt_logprobs"),
+    "beams": (b'{"prompt": "a", "use_beam_search": true}', 400, "use_beam_search"),
     "best_of": (b'{"prompt": "a", "best_of": 3}', 400, "best_of"),
     "response_format": (b'{"prompt": "a", "response_format": {"type": "xml"}}', 400, "response_format"),
     "two grammars": (b'{"prompt": "a", "regex": "a", "guided_regex": "b"}', 400, "guided_regex"),

@@ -277,7 +277,10 @@ def test_request_ids(rig: Rig) -> None:
     answer = httpx.post(f"{rig.url}/generate", json=body, headers=headers, timeout=10)
     assert answer.json()["meta_info"]["id"] == "from-the-header"
     assert answer.headers["x-request-id"] == "from-the-header"
-    chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "rid": "in\nthe body"}
+    chat: dict[str, object] = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    named = httpx.post(f"{rig.url}/v1/chat/completions", json=chat, headers=headers, timeout=10)
+    assert named.json()["id"] == "chatcmpl-from-the-header"
+    chat["rid"] = "in\nthe body"
     assert httpx.post(f"{rig.url}/v1/chat/completions", json=chat, timeout=10).json()["id"] == "in\nthe body"
     fresh = post(rig, "/v1/completions", prompt="a", max_tokens=1)
     assert fresh.json()["id"].startswith("cmpl-")

@@ -76,10 +76,10 @@ def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
         raise BadRequest(f"the body is not valid JSON: {error}") from error
 
 
-def request_id(given: str | None, prefix: str) -> str:
-    """The client's id, or a new one."""
+def request_id(given: str | None, prefix: str, header: str | None = None) -> str:
+    """The client's id as it is, else the prefix with the one from its headers, else with a new one."""
     if given is None:
-        return prefix + secrets.token_hex(16)
+        given = prefix + (header if header is not None else secrets.token_hex(16))
     if not 0 < len(given) <= MAX_RID:
         raise BadRequest(f"a request id must have 1 to {MAX_RID} characters", param="rid")
     return given

@@ -89,13 +89,34 @@ class CommonRequest(PDFields, kw_only=True):
     regex: str | None = None
     ebnf: str | None = None
     structural_tag: Any = None
+    # refused if they carry something: an answer without them would be wrong
+    prompt_logprobs: Any = None
+    truncate_prompt_tokens: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    use_beam_search: Any = None
+    stop_regex: Any = None
+    prompt_embeds: Any = None
+    lora_path: Any = None
+    custom_logit_processor: Any = None
+
+
+UNSUPPORTED = (
+    "truncate_prompt_tokens",
+    "allowed_token_ids",
+    "bad_words",
+    "use_beam_search",
+    "stop_regex",
+    "prompt_embeds",
+    "lora_path",
+    "custom_logit_processor",
+)
 
 
 class CompletionRequest(CommonRequest, kw_only=True):
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
     logprobs: int | None = None
-    prompt_logprobs: Any = None
     suffix: str | None = None
     best_of: int | None = None
 
@@ -124,12 +145,13 @@ class Completions:
         request: CompletionRequest = decode(self._decoder, body)
         context.check_model(request.model)
         _refuse_unsupported(request)
+        _refuse_in_completions(request)
         plan = _completion_plan(request, context)
         special = request.add_special_tokens is not False
         prompts = [prompt_of(p, context, "prompt", special=special) for p in _prompts(request.prompt)]
         if request.echo:
             prompts = [_with_text(prompt, context) for prompt in prompts]
-        name = request_id(request.rid or request.request_id or rid, "cmpl-")
+        name = request_id(request.rid or request.request_id, "cmpl-", rid)
         job = _job(request, name, prompts, plan, context, COMPLETION_TOKENS)
         options = _reply_options(request, plan)
         return job, CompletionWriter(name, context, job, options, echo=bool(request.echo))
@@ -144,9 +166,10 @@ class Chat:
     def parse(self, body: bytes, context: ModelContext, rid: str | None) -> tuple[Job, Writer]:
         request: ChatRequest = decode(self._decoder, body)
         context.check_model(request.model)
+        _refuse_unsupported(request)
         plan = _chat_plan(request, context)
         prompt = prompt_of(_chat_text(request, context), context, "messages", special=bool(request.add_special_tokens))
-        name = request_id(request.rid or request.request_id or rid, "chatcmpl-")
+        name = request_id(request.rid or request.request_id, "chatcmpl-", rid)
         job = _job(request, name, [prompt], plan, context, None)
         return job, ChatWriter(name, context, job, _reply_options(request, plan))
 
@@ -285,11 +308,19 @@ def _tools(request: ChatRequest) -> list[dict[str, Any]] | None:
     return None if choice == "none" else request.tools
 
 
-def _refuse_unsupported(request: CompletionRequest) -> None:
+def _refuse_unsupported(request: CommonRequest) -> None:
+    if request.prompt_logprobs is not None:
+        raise BadRequest(
+            "prompt_logprobs is not supported here; use echo with logprobs on /v1/completions", param="prompt_logprobs"
+        )
+    for name in UNSUPPORTED:
+        if getattr(request, name):
+            raise BadRequest(f"{name} is not supported", param=name)
+
+
+def _refuse_in_completions(request: CompletionRequest) -> None:
     if request.suffix:
         raise BadRequest("suffix is not supported: the models served here only continue a text", param="suffix")
-    if request.prompt_logprobs is not None:
-        raise BadRequest("prompt_logprobs is not supported here; use echo with logprobs", param="prompt_logprobs")
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise BadRequest("best_of is supported only if equal to n", param="best_of")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 from baton.base.clock import Clock
-from baton.base.errors import BatonError, Cancelled, Internal, TimedOut
+from baton.base.errors import BatonError, Cancelled, TimedOut
 from baton.base.messages import Abort, Failed, Flush, Flushed, Generate, Load, Probe, ToEngine, ToFront, Tokens
 from baton.engine.scheduler import Scheduler
 from baton.engine.sequence import Sequence
@@ -133,7 +133,7 @@ class Engine:
         named = [p.sequence for p in batch if p.sequence.id == error.param] or [p.sequence for p in batch]
         for sequence in named:
             self.role.abort(sequence.id)
-        return [Failed.of(s.id, error if isinstance(error, BatonError) else Internal(str(error))) for s in named]
+        return [Failed.of(s.id, _unnamed(error)) for s in named]
 
     def _count(self, messages: list[ToFront]) -> list[ToFront]:
         for message in messages:
@@ -142,6 +142,12 @@ class Engine:
                 if message.usage is not None:
                     self._counters.cached_tokens += message.usage.cached_tokens
         return messages
+
+
+def _unnamed(error: BatonError) -> BatonError:
+    """The same for a client, to whom our ids are not names of fields."""
+    error.param = None
+    return error
 
 
 class Counters:
