@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -21,7 +22,8 @@ from baton import __version__
 from baton.base.config import DisaggConfig, EngineConfig, GatewayConfig, WorkerConfig
 from baton.cli import cli, curl
 from baton.controller.resources import free_ports
-from baton.controller.rundir import default_base
+from baton.controller.rundir import RunDirectory, default_base
+from baton.controller.spec import ProcessSpec
 from baton.options import Command, build, config_options
 from baton.sglang_flags import NEGATIVES, join_urls, translate
 
@@ -169,6 +171,33 @@ def test_options_that_mean_nothing_here_are_accepted_with_a_notice() -> None:
         "note: --enable-metrics means nothing here and is ignored",
         "error: model directory ./nowhere does not exist",
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--disaggregation-mode", "prefill", "--host", "127.0.0.2"], "127.0.0.2"),
+        (["--disaggregation-mode", "prefill", "--host", "127.0.0.2", "--bootstrap-host", "127.0.0.3"], "127.0.0.3"),
+    ],
+)
+def test_who_can_reach_a_prefill_worker_can_reach_its_rendezvous(
+    arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from .tiny_model import write  # here, because this file is a script too
+
+    planned: list[str] = []
+
+    def run_stack(specs: Callable[[RunDirectory], Sequence[ProcessSpec]], *_: object, **__: object) -> int:
+        run = RunDirectory.create()
+        planned.extend(spec.kwargs["disagg"].bootstrap_host for spec in specs(run))  # type: ignore[attr-defined]
+        run.remove()
+        return 0
+
+    monkeypatch.setattr("baton.controller.run.run_stack", run_stack)
+    write(tmp_path)
+    ports = ["--port", "0", "--disaggregation-bootstrap-port", "0"]
+    assert invoke("worker", "--model-path", str(tmp_path), *ports, *arguments).exit_code == 0
+    assert planned == [expected, expected]
 
 
 def test_values_by_other_names() -> None:

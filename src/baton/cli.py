@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from baton import __version__
 from baton.base.config import DisaggConfig, EngineConfig, GatewayConfig, WorkerConfig
@@ -146,6 +147,8 @@ def worker(**values: Any) -> int:
     front = dataclasses.replace(build(WorkerConfig, values), port=port, served_model_name=served)
     disagg = build(DisaggConfig, values)
     if disagg.mode == "prefill":
+        if click.get_current_context().get_parameter_source("bootstrap_host") is ParameterSource.DEFAULT:
+            disagg = dataclasses.replace(disagg, bootstrap_host=front.host)  # who can reach the one needs the other
         room = require_free(disagg.bootstrap_host, disagg.bootstrap_port, "--disaggregation-bootstrap-port")
         disagg = dataclasses.replace(disagg, bootstrap_port=room)
     name = "worker" if disagg.mode == "null" else disagg.mode

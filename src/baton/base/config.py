@@ -100,7 +100,9 @@ class DisaggConfig:
         choices=("auto", "shm", "tcp"),
         flags=("--disaggregation-transfer-backend",),
     )
-    bootstrap_host: str = option("127.0.0.1", "address the prefill worker's rendezvous listens on")
+    bootstrap_host: str = option(
+        "127.0.0.1", "address the prefill worker's rendezvous listens on; not given: the one of --host"
+    )
     bootstrap_port: int = option(
         8998, "port of the prefill worker's rendezvous; 0: any free one", flags=("--disaggregation-bootstrap-port",)
     )
