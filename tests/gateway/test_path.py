@@ -201,6 +201,8 @@ def test_other_posts_go_to_one_worker() -> None:
         )
         assert s.decode.seen[1].body == b"--x\r\n\xff\x00"
         assert s.decode.seen[1].headers["content-type"] == "multipart/form-data"
+        assert (await s.post("/tokenize", json={"prompt": "a"})).json() == {"tokens": [1]}
+        assert s.decode.seen[2].path == "/tokenize"
 
     with_stack(hang, whole({"tokens": [1]}), check)
 

@@ -32,6 +32,8 @@ log = logging.getLogger("baton.gateway")
 
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 CLOSE: Header = (b"connection", b"close")
+NATIVE = frozenset({"/generate", "/tokenize", "/detokenize"})
+"""Routes for workers outside /v1/."""
 
 
 class Gateway:
@@ -58,7 +60,7 @@ class Gateway:
         if not self._allowed(scope["headers"], path):
             error = Unauthorized('this gateway wants "Authorization: Bearer <api key>", and the key must be right')
             await refuse(AsgiAnswer(send), path, error, [CLOSE])
-        elif scope["method"] in ("POST", "PUT") and (path.startswith("/v1/") or path == "/generate"):
+        elif scope["method"] in ("POST", "PUT") and (path.startswith("/v1/") or path in NATIVE):
             await self._infer(scope, receive, send)
         else:
             await self._control(scope, receive, send)
