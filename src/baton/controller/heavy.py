@@ -136,10 +136,11 @@ class Link:
         self._inbox.put(Exited(name, run, code))
 
 
-PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""OpenMP reads this when it is loaded, so it must stand before the preload. Threads that wait sleep instead of
-spinning: an engine shares its cores with fronts, gateway and whatever else runs (docs/benchmarks.md). The user's own
-setting wins."""
+BRIEF_SPINS = {"GOMP_SPINCOUNT": "2000"}
+"""OpenMP reads this when it is loaded, so it must stand before the preload. Threads that wait for each other spin for
+some microseconds and then sleep: an engine shares its cores with fronts, gateway and whatever else runs. Spinning for
+long, as is the default, makes a step many times slower on a busy machine; sleeping at once halves prefill on a quiet
+one (docs/benchmarks.md). The user's own setting wins."""
 
 
 def _launch(preload: Sequence[str], log: Path) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
@@ -156,7 +157,7 @@ def _launch(preload: Sequence[str], log: Path) -> tuple[subprocess.Popen[bytes],
                 stderr=output,
                 start_new_session=True,
                 pass_fds=(theirs.fileno(), ear),
-                env={**PATIENT_THREADS, **os.environ},
+                env={**BRIEF_SPINS, **os.environ},
             )
     finally:
         os.close(ear)
