@@ -6,6 +6,7 @@ there in no time.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import secrets
@@ -15,6 +16,7 @@ import msgspec
 
 from baton.base.clock import Clock, MonotonicClock
 from baton.base.config import DisaggConfig, EngineConfig
+from baton.base.errors import ConfigError
 from baton.base.messages import Ready
 from baton.engine.blocks import PagePool
 from baton.engine.engine import Engine
@@ -49,6 +51,7 @@ class Assembly:
 
 def assemble(engine: EngineConfig, disagg: DisaggConfig, waker: Waker, clock: Clock) -> Assembly:
     """Load the model, make the pool, choose the role. Raises `ConfigError` for what the operator can mend."""
+    engine = placed(engine, disagg)
     regions: list[Region] = []
 
     def memory(size: int) -> memoryview:
@@ -80,6 +83,21 @@ def assemble(engine: EngineConfig, disagg: DisaggConfig, waker: Waker, clock: Cl
         ready = msgspec.structs.replace(ready, bootstrap_port=joint.bootstrap_port, transports=joint.transports)
         role = joint
     return Assembly(Engine(scheduler, built.runner, role, clock), region, ready)
+
+
+def placed(engine: EngineConfig, disagg: DisaggConfig) -> EngineConfig:
+    """Where an engine that hands over must be: pages travel from and to host memory only, so far.
+
+    Raises `ConfigError` if a GPU was asked for by name.
+    """
+    if disagg.mode == "null" or engine.device == "cpu":
+        return engine
+    if engine.device == "auto":
+        return dataclasses.replace(engine, device="cpu")
+    raise ConfigError(
+        f"device is {engine.device!r}, but prefill and decode apart works in host memory only so far; "
+        'choose --device cpu, or undivided engines on GPUs: --backend "native:d1t1p1"'
+    )
 
 
 def _ready(engine: EngineConfig, disagg: DisaggConfig, built: Built, instance: str) -> Ready:
