@@ -12,18 +12,16 @@ import os
 import secrets
 from dataclasses import dataclass
 
-import msgspec
-
 from baton.base.clock import Clock, MonotonicClock
 from baton.base.config import DisaggConfig, EngineConfig
 from baton.base.errors import ConfigError
 from baton.base.messages import Ready
+from baton.disagg.build import Station, build_role
 from baton.engine.blocks import PagePool
 from baton.engine.engine import Engine
 from baton.engine.load import Built, build_runner
-from baton.engine.roles import Committer, Unified
+from baton.engine.roles import Committer
 from baton.engine.scheduler import Scheduler
-from baton.engine.sockets import Role
 from baton.transports.region import Region
 from baton.worker.channel import ChannelClosed, EngineEnd, Waker
 
@@ -72,16 +70,8 @@ def assemble(engine: EngineConfig, disagg: DisaggConfig, waker: Waker, clock: Cl
     )
     committer = Committer(scheduler, built.runner, built.eos_token_ids, clock)
     instance = secrets.token_hex(8)
-    ready = _ready(engine, disagg, built, instance)
-    role: Role
-    if disagg.mode == "null":
-        role = Unified(scheduler, committer)
-    else:
-        from baton.disagg.build import build_role  # sockets and threads, for those that hand over
-
-        joint = build_role(disagg, scheduler, committer, region, built.layout, instance, clock, waker.wake)
-        ready = msgspec.structs.replace(ready, bootstrap_port=joint.bootstrap_port, transports=joint.transports)
-        role = joint
+    role = build_role(disagg, scheduler, committer, region, built.layout, instance, clock, waker.wake)
+    ready = _ready(engine, disagg, built, instance, role)
     return Assembly(Engine(scheduler, built.runner, role, clock), region, ready)
 
 
@@ -100,7 +90,7 @@ def placed(engine: EngineConfig, disagg: DisaggConfig) -> EngineConfig:
     )
 
 
-def _ready(engine: EngineConfig, disagg: DisaggConfig, built: Built, instance: str) -> Ready:
+def _ready(engine: EngineConfig, disagg: DisaggConfig, built: Built, instance: str, role: Station) -> Ready:
     return Ready(
         model_path=engine.model,
         architectures=built.architectures,
@@ -115,6 +105,8 @@ def _ready(engine: EngineConfig, disagg: DisaggConfig, built: Built, instance: s
         mode=disagg.mode,
         instance=instance,
         pid=os.getpid(),
+        bootstrap_port=role.bootstrap_port,
+        transports=role.transports,
     )
 
 
