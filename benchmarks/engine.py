@@ -3,8 +3,8 @@
     python benchmarks/engine.py [MODEL] [--threads 2] [--weight-dtype auto bfloat16 int8] [--vllm VENV] [--rounds 3]
 
 Every figure is the median of `--rounds`; with `--vllm` (a virtual environment that has vLLM for CPU) the same load runs
-there in turns, float32, and the ratios ours / theirs follow. Contenders live in processes of their own, one measures
-at a time, the others sleep. The last line is one JSON document.
+there in turns, float32, and the ratios ours / theirs follow. Contenders live in processes of their own; one measures at
+a time, the others are stopped meanwhile (an idle engine may spin). The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,7 @@ Run = Callable[[list[list[int]], list[int]], None]
 
 def measure(case: str, seed: int, run: Run) -> float:
     """One figure of `case` in its unit. Prompts are new every time, so no prefix is ever hit."""
-    draw = random.Random(seed)
+    draw = random.Random(f"{case} {seed}")
 
     def prompt(length: int) -> list[int]:
         return [draw.randrange(3, 30000) for _ in range(length)]
@@ -88,6 +89,7 @@ def serve_baton(model: str, weight_dtype: str, threads: int, chunk: int, load_fo
         max_waiting=config.max_queued_requests,
         chunk=config.chunked_prefill_size,
         max_model_len=built.max_model_len,
+        prefix_caching=False,
     )
     committer = Committer(scheduler, built.runner, built.eos_token_ids, clock)
     engine = Engine(scheduler, built.runner, Unified(scheduler, committer), clock)
@@ -140,26 +142,34 @@ class Contender:
             stderr=subprocess.DEVNULL,
             text=True,
             env={**os.environ, **environment},
+            start_new_session=True,
         )
         contender = cls(name, process, {case: [] for case in CASES})
         while contender._line() != "ready":
             pass
+        contender._signal(signal.SIGSTOP)
         return contender
 
     def ask(self, case: str, seed: int) -> None:
         stdin: IO[str] | None = self.process.stdin
         assert stdin is not None
+        self._signal(signal.SIGCONT)
         stdin.write(f"{case} {seed}\n")
         stdin.flush()
         self.figures[case].append(float(self._line()))
+        self._signal(signal.SIGSTOP)
 
     def median(self, case: str) -> float:
         return statistics.median(self.figures[case])
 
     def close(self) -> None:
         assert self.process.stdin is not None
+        self._signal(signal.SIGCONT)
         self.process.stdin.close()
         self.process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
 
     def _line(self) -> str:
         assert self.process.stdout is not None
@@ -217,13 +227,15 @@ def main() -> None:
 
     arguments.model = str(resolve(arguments.model, load_format=arguments.load_format))
     contenders = start_all(arguments)
-    for round_number in range(arguments.rounds):
-        for case in CASES:
-            for contender in contenders:
-                contender.ask(case, round_number)
-    report(contenders, arguments)
-    for contender in contenders:
-        contender.close()
+    try:
+        for round_number in range(arguments.rounds):
+            for case in CASES:
+                for contender in contenders:
+                    contender.ask(case, round_number)
+        report(contenders, arguments)
+    finally:
+        for contender in contenders:
+            contender.close()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numba import carray, types
 
+from baton.engine.attention.tiles import COLUMNS, ROWS, gather_tile, score_tile
 from baton.engine.kernels import exp, f32, floats, inline, ints, pointer, prefetch, take, tanh
 
 TILE = 192
@@ -202,47 +203,18 @@ def make_decode(head_dim: int, group: int) -> Callable[[Any], None]:
 
 def _score(scores: Any, queries: Any, base: Any, head_dim: Any) -> None:
     """scores[j, r] = sum over d of K[j, d] * queries[d, r], for BLOCK keys."""
-    for j in range(0, BLOCK, 4):
-        a, b = floats(base[j], head_dim), floats(base[j + 1], head_dim)
-        c, e = floats(base[j + 2], head_dim), floats(base[j + 3], head_dim)
-        s0, s1, s2, s3 = scores[j], scores[j + 1], scores[j + 2], scores[j + 3]
-        for r in range(TILE):
-            s0[r] = f32(0.0)
-            s1[r] = f32(0.0)
-            s2[r] = f32(0.0)
-            s3[r] = f32(0.0)
-        for d in range(0, head_dim, 4):
-            q0, q1, q2, q3 = queries[d], queries[d + 1], queries[d + 2], queries[d + 3]
-            k00, k01, k02, k03 = a[d], a[d + 1], a[d + 2], a[d + 3]
-            k10, k11, k12, k13 = b[d], b[d + 1], b[d + 2], b[d + 3]
-            k20, k21, k22, k23 = c[d], c[d + 1], c[d + 2], c[d + 3]
-            k30, k31, k32, k33 = e[d], e[d + 1], e[d + 2], e[d + 3]
-            for r in range(TILE):
-                x0, x1, x2, x3 = q0[r], q1[r], q2[r], q3[r]
-                s0[r] += k00 * x0 + k01 * x1 + k02 * x2 + k03 * x3
-                s1[r] += k10 * x0 + k11 * x1 + k12 * x2 + k13 * x3
-                s2[r] += k20 * x0 + k21 * x1 + k22 * x2 + k23 * x3
-                s3[r] += k30 * x0 + k31 * x1 + k32 * x2 + k33 * x3
+    for r in range(0, TILE, COLUMNS):
+        for j in range(0, BLOCK, ROWS):
+            target = scores.ctypes.data + 4 * (j * TILE + r)
+            score_tile(base.ctypes.data + 8 * j, queries.ctypes.data + 4 * r, target, 4 * TILE, head_dim)
 
 
 def _gather(sums: Any, weights: Any, base: Any, head_dim: Any) -> None:
     """sums[d, r] += sum over j of V[j, d] * weights[j, r], for BLOCK values."""
-    for d in range(0, head_dim, 4):
-        o0, o1, o2, o3 = sums[d], sums[d + 1], sums[d + 2], sums[d + 3]
-        for j in range(0, BLOCK, 4):
-            w0, w1, w2, w3 = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
-            a, b = floats(base[j] + 4 * d, 4), floats(base[j + 1] + 4 * d, 4)
-            c, e = floats(base[j + 2] + 4 * d, 4), floats(base[j + 3] + 4 * d, 4)
-            v00, v01, v02, v03 = a[0], b[0], c[0], e[0]
-            v10, v11, v12, v13 = a[1], b[1], c[1], e[1]
-            v20, v21, v22, v23 = a[2], b[2], c[2], e[2]
-            v30, v31, v32, v33 = a[3], b[3], c[3], e[3]
-            for r in range(TILE):
-                x0, x1, x2, x3 = w0[r], w1[r], w2[r], w3[r]
-                o0[r] += v00 * x0 + v01 * x1 + v02 * x2 + v03 * x3
-                o1[r] += v10 * x0 + v11 * x1 + v12 * x2 + v13 * x3
-                o2[r] += v20 * x0 + v21 * x1 + v22 * x2 + v23 * x3
-                o3[r] += v30 * x0 + v31 * x1 + v32 * x2 + v33 * x3
+    for r in range(0, TILE, COLUMNS):
+        for d in range(0, head_dim, ROWS):
+            target = sums.ctypes.data + 4 * (d * TILE + r)
+            gather_tile(base.ctypes.data, weights.ctypes.data + 4 * r, target, 4 * TILE, BLOCK, 4 * d)
 
 
 score_block = inline(_score)
