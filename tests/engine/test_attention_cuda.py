@@ -1,15 +1,11 @@
-"""The Triton kernels against plain torch: on a GPU where there is one, else in Triton's interpreter; skipped where
-Triton is not installed (it comes with torch's CUDA builds)."""
+"""The Triton kernels against plain torch: on a GPU where there is one, else in Triton's interpreter (tests/conftest.py
+chooses it); skipped where Triton is not installed."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton")
 
 from baton.engine.attention import PlainAttention, Spec
