@@ -190,7 +190,7 @@ def start_all(arguments: argparse.Namespace) -> list[Contender]:
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{arguments.threads - 1}" if arguments.threads > 1 else "0",
+            "VLLM_CPU_OMP_THREADS_BIND": arguments.vllm_bind,
         }
         theirs = ["--serve-vllm", model, arguments.load_format]
         contenders.append(Contender.start("vllm", Path(arguments.vllm) / "bin" / "python", theirs, environment))
@@ -201,7 +201,12 @@ def report(contenders: list[Contender], arguments: argparse.Namespace) -> None:
     names = [contender.name for contender in contenders]
     peer = contenders[-1] if names[-1] == "vllm" else None
     print(f"{'':24}" + "".join(f"{case + ', ' + UNITS[case]:>24}" for case in CASES))
-    result: dict[str, object] = {"model": arguments.model, "threads": arguments.threads, "rounds": arguments.rounds}
+    result: dict[str, object] = {
+        "model": arguments.model,
+        "threads": arguments.threads,
+        "vllm_bind": arguments.vllm_bind,
+        "rounds": arguments.rounds,
+    }
     for contender in contenders:
         figures = {case: round(contender.median(case), 2) for case in CASES}
         print(f"{contender.name:24}" + "".join(f"{figures[case]:24.1f}" for case in CASES))
@@ -222,6 +227,11 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=512, help="prompt tokens computed per step at most")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vllm", default="", help="virtual environment with vLLM")
+    parser.add_argument(
+        "--vllm-bind",
+        default="auto",
+        help="cores of vLLM's compute threads, as 0-1; auto, its default, leaves one core to its scheduler",
+    )
     arguments = parser.parse_args()
     from baton.models.resolve import resolve
 
