@@ -44,6 +44,7 @@ def test_int8_is_the_product_with_rounded_weights(rows: int, bias: bool) -> None
     weight, x = torch.randn(100, 66), torch.randn(rows, 66)
     shift = torch.randn(100) if bias else None
     narrow = NarrowProjection(weight, shift, torch.int8, 16, TEAM)
+    assert narrow.scale is not None
     rounded = narrow.weight.float() * narrow.scale[:, None]
     assert (rounded - weight).abs().max() <= weight.abs().amax() / 127
     rough = rows > 16 and can_multiply(torch.bfloat16)  # inputs are rounded there
@@ -64,11 +65,20 @@ def test_bfloat16_rounds_weights_only_while_rows_are_few(rows: int) -> None:
 
 @pytest.mark.skipif(not can_multiply(torch.float32), reason="no oneDNN here")
 @pytest.mark.parametrize("rows", ROWS)
-def test_packed_products(rows: int) -> None:
+@pytest.mark.parametrize("team", [TEAM, None])
+def test_packed_products(rows: int, team: Team | None) -> None:
     weight, bias, x, residual = torch.randn(96, 64), torch.randn(96), torch.randn(rows, 64), torch.randn(rows, 96)
-    packed = PackedProjection(weight, bias)
+    packed = PackedProjection(weight, bias, team)
     torch.testing.assert_close(packed(x), F.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(packed.plus(x, residual), residual + F.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_residual_is_added_whatever_the_weights(weight_dtype: str, rows: int) -> None:
+    x, residual = torch.randn(rows, 64), torch.randn(rows, 96)
+    projection = best_projection(Projection(torch.randn(96, 64), torch.randn(96)), weight_dtype, TEAM)
+    torch.testing.assert_close(projection.plus(x, residual), residual + projection(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "int8"])
