@@ -25,7 +25,7 @@ from baton.controller.resources import free_ports
 from baton.controller.rundir import RunDirectory, default_base
 from baton.controller.spec import ProcessSpec
 from baton.options import Command, build, config_options
-from baton.sglang_flags import NEGATIVES, join_urls, translate
+from baton.sglang_flags import NEGATIVES, NO_EFFECT, REFUSED
 
 COMMANDS = ("serve", "worker", "gateway", "pull", "bench", "version")
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
@@ -44,7 +44,21 @@ def documented(page: str) -> str:
     def block(match: re.Match[str]) -> str:
         return f"```text\n$ {match[1]}\n{invoke(*match[1].split()[1:]).output}```"
 
+    page = re.sub(r"<!-- flags -->\n.*?<!-- end -->", lambda _: flag_tables(), page, flags=re.DOTALL)
     return re.sub(r"```text\n\$ (baton[^\n]*--help)\n.*?```", block, page, flags=re.DOTALL)
+
+
+def flag_tables() -> str:
+    """SGLang's options that are not ours."""
+    effectless = [(f"{row.switches} {row.values} {row.lists}", row.reason) for row in NO_EFFECT]
+    refused = [(f"{row.switches} {row.values}", row.remedy) for row in REFUSED]
+    lines = ["| without effect | because |", "|---|---|", *map(flag_row, effectless), ""]
+    lines += ["| refused | instead |", "|---|---|", *map(flag_row, refused)]
+    return "\n".join(["<!-- flags -->", *lines, "<!-- end -->"])
+
+
+def flag_row(row: tuple[str, str]) -> str:
+    return f"| {', '.join(f'`{name}`' for name in row[0].split())} | {row[1]} |"
 
 
 def test_the_page_shows_the_help_as_it_is() -> None:
@@ -156,21 +170,7 @@ def test_debug_shows_the_traceback_too() -> None:
     assert result.stderr.index("Traceback") < result.stderr.index("\nerror: allocation")
 
 
-# --- SGLang's command lines --------------------------------------------------------------------------------------
-
-
-def test_options_that_mean_nothing_here_are_accepted_with_a_notice() -> None:
-    result = invoke(
-        "worker", "--trust-remote-code", "--disaggregation-ib-device", "mlx5_0", "--enable-metrics",
-        "--model-path", "./nowhere", "--disaggregation-transfer-backend", "mooncake",
-    )  # fmt: skip
-    assert result.stderr.splitlines() == [
-        "note: --disaggregation-transfer-backend mooncake is taken as auto",
-        "note: --trust-remote-code means nothing here and is ignored",
-        "note: --disaggregation-ib-device means nothing here and is ignored",
-        "note: --enable-metrics means nothing here and is ignored",
-        "error: model directory ./nowhere does not exist",
-    ]
+# --- what a worker's processes are told --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -198,24 +198,6 @@ def test_who_can_reach_a_prefill_worker_can_reach_its_rendezvous(
     ports = ["--port", "0", "--disaggregation-bootstrap-port", "0"]
     assert invoke("worker", "--model-path", str(tmp_path), *ports, *arguments).exit_code == 0
     assert planned == [expected, expected]
-
-
-def test_values_by_other_names() -> None:
-    assert translate(["--dtype", "half", "--dtype=bf16", "--load-format", "auto"]) == [
-        "--dtype", "float16", "--dtype=bfloat16", "--load-format", "auto",
-    ]  # fmt: skip
-    assert translate(["--served-model-name", "half"]) == ["--served-model-name", "half"]
-
-
-def test_the_routers_way_to_name_workers() -> None:
-    line = "--prefill http://a:1 8998 --prefill http://b:1 none --prefill http://c:1 --decode http://d:1 --port 9"
-    assert join_urls(line.split()) == [
-        "--prefill", "http://a:1 8998", "--prefill", "http://b:1 none", "--prefill", "http://c:1",
-        "--decode", "http://d:1", "--port", "9",
-    ]  # fmt: skip
-    assert join_urls(["--worker-urls", "http://a", "http://b", "-h"]) == [
-        "--worker-urls", "http://a", "--worker-urls", "http://b", "-h",
-    ]  # fmt: skip
 
 
 # --- a stack of tiny processes behind the real command -----------------------------------------------------------

@@ -20,7 +20,7 @@ from baton import __version__
 from baton.base.config import DisaggConfig, EngineConfig, GatewayConfig, WorkerConfig
 from baton.base.errors import BatonError, ConfigError
 from baton.options import Command, Option, build, config_options, default_of
-from baton.sglang_flags import NEGATIVES, ROUTER_SWITCHES, ignored, join_urls, translate
+from baton.sglang_flags import NEGATIVES, ROUTER_SWITCHES, foreign, join_lists, join_urls, tell_gpu_only, translate
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "auto_envvar_prefix": "BATON"}
 DEFAULT_BACKEND = "native(P:d1t1p1|D:d1t1p1)"
@@ -46,7 +46,7 @@ class ServerCommand(Command):
     """Takes SGLang's spellings."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, translate(args))
+        return super().parse_args(ctx, translate(join_lists(args)))
 
 
 class RouterCommand(Command):
@@ -91,17 +91,17 @@ def cli() -> None:
     help="workers listen on free ports from here upwards",
 )  # fmt: skip
 @config_options(GatewayConfig, "Gateway", skip=("worker_api_key",))
-@config_options(WorkerConfig, "Workers", only=("served_model_name", "chat_template"))
+@config_options(WorkerConfig, "Workers", only=("served_model_name", "chat_template", "sampling_defaults"))
 @config_options(EngineConfig, "Engines", extra=NEGATIVES)
 @config_options(DisaggConfig, "Prefill and decode apart", skip=("mode", "bootstrap_host", "drain_timeout"))
-@ignored()
+@foreign()
 @reporting
 def serve(model_name: str | None, backend: str, worker_port: int, **values: Any) -> int:
     """Start workers and a gateway on this machine, and keep them running.
 
     MODEL is a directory, a Hub id or a short name. Ctrl-C stops everything.
     """
-    from baton.base.alloc import parse
+    from baton.base.alloc import Pair, parse
     from baton.controller import stack
     from baton.controller.display import Display
     from baton.controller.resources import require_free
@@ -109,6 +109,9 @@ def serve(model_name: str | None, backend: str, worker_port: int, **values: Any)
 
     begun = time.monotonic()
     allocation = parse(backend)
+    machine = stack.Machine.here()
+    if values["device"] == "cpu" or not machine.gpus or isinstance(allocation.shape, Pair):
+        tell_gpu_only()
     engine, directory, served = _model(model_name, values)
     port = require_free(values["host"], values["port"])
     gateway = dataclasses.replace(build(GatewayConfig, values), port=port, worker_api_key=values["api_key"])
@@ -116,7 +119,7 @@ def serve(model_name: str | None, backend: str, worker_port: int, **values: Any)
         build(WorkerConfig, values), host="127.0.0.1", port=worker_port, served_model_name=served
     )
     disagg = build(DisaggConfig, {name: value for name, value in values.items() if name != "drain_timeout"})
-    workers = stack.plan_workers(allocation, front, engine, disagg, stack.Machine.here())
+    workers = stack.plan_workers(allocation, front, engine, disagg, machine)
 
     def ready() -> None:
         url = stack.url_of(gateway.host, gateway.port)
@@ -132,7 +135,7 @@ def serve(model_name: str | None, backend: str, worker_port: int, **values: Any)
 @config_options(WorkerConfig, "Front")
 @config_options(EngineConfig, "Engine", extra=NEGATIVES)
 @config_options(DisaggConfig, "Prefill and decode apart")
-@ignored()
+@foreign()
 @reporting
 def worker(**values: Any) -> int:
     """Run one worker: an HTTP front with its engine, undivided or of one role."""
@@ -142,6 +145,8 @@ def worker(**values: Any) -> int:
     from baton.controller.run import run_stack
 
     begun = time.monotonic()
+    if values["device"] == "cpu" or values["mode"] != "null" or not stack.Machine.here().gpus:
+        tell_gpu_only()
     engine, directory, served = _model(None, values)
     port = require_free(values["host"], values["port"])
     front = dataclasses.replace(build(WorkerConfig, values), port=port, served_model_name=served)
@@ -179,7 +184,7 @@ def _prefill_urls(ctx: click.Context, param: click.Parameter, values: Sequence[s
     help="an undivided worker; may be repeated",
 )  # fmt: skip
 @config_options(GatewayConfig, "Gateway")
-@ignored(ROUTER_SWITCHES, ())
+@foreign(ROUTER_SWITCHES, ())
 @reporting
 def gateway(
     prefill: Sequence[tuple[str, int | None]], decode: Sequence[str], regular: Sequence[str], **values: Any
@@ -250,16 +255,24 @@ def _model(name: str | None, values: dict[str, Any]) -> tuple[EngineConfig, Path
     """The engine's configuration with the model's directory in it, that directory, and the name to serve it by."""
     engine = build(EngineConfig, values)
     given = name or engine.model
-    directory = _fetch(given, engine.load_format)
+    directory = _fetch(given, engine.load_format, engine.revision)
+    tokenizer = str(_fetch_tokenizer(engine.tokenizer_path)) if engine.tokenizer_path else ""
     served = values["served_model_name"] or (directory.name if Path(given).is_dir() else given)
-    return dataclasses.replace(engine, model=str(directory)), directory, served
+    return dataclasses.replace(engine, model=str(directory), tokenizer_path=tokenizer), directory, served
 
 
-def _fetch(name: str, load_format: str) -> Path:
+def _fetch(name: str, load_format: str, revision: str = "") -> Path:
     from baton.models import RichProgress, resolve
 
     with RichProgress() as progress:
-        return resolve(name, load_format=load_format, progress=progress).resolve()
+        return resolve(name, load_format=load_format, revision=revision, progress=progress).resolve()
+
+
+def _fetch_tokenizer(name: str) -> Path:
+    from baton.models import RichProgress, resolve_tokenizer
+
+    with RichProgress() as progress:
+        return resolve_tokenizer(name, progress=progress)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from baton.base.config import EngineConfig
 from baton.base.errors import ConfigError
 from baton.engine.kv_pool import KVPool, pool_bytes
-from baton.engine.load import build_runner, eos_token_ids, fingerprint_of, read_config, resolve
+from baton.engine.load import build_runner, eos_token_ids, fingerprint_of, read_config, resolve, tokenizer_dir
 
 from .drive import drive, engine_of, request, texts
 from .models import make
@@ -54,6 +54,17 @@ def test_auto_on_a_cpu(llama: Path) -> None:
 def test_impossible_settings(llama: Path, values: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         build_runner(config(llama, **values))
+
+
+def test_the_pools_size_in_tokens(llama: Path) -> None:
+    assert build_runner(config(llama, kv_pages=0, max_total_tokens=100)).num_pages == 6
+
+
+def test_another_tokenizer_for_structured_output(llama: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "tokenizer"
+    elsewhere.mkdir()
+    assert tokenizer_dir(config(llama)) == llama
+    assert tokenizer_dir(config(llama, tokenizer_path=str(elsewhere))) == elsewhere
 
 
 def test_no_gpu_here(llama: Path) -> None:

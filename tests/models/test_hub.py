@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from baton.models import NoProgress, PullFailed, Store, resolve
-from baton.models.hub import HubSource
-from baton.models.source import SourceFailed
+from baton.models.hub import HubSource, download
+from baton.models.source import SourceFailed, missing_tokenizer
 
 ID = "org/tiny"
 COMMIT = "a" * 40
@@ -38,6 +38,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
         self.broken = ""
         """The file that is answered with 403."""
         self.status = 200
+        self.revisions: list[str] = []
         self.sent: list[tuple[str, str | None]] = []
 
     @property
@@ -58,6 +59,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if self.server.status != 200:
             self._send(self.server.status, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif "/revision/" in self.path:
+            self.server.revisions.append(self.path.partition("/revision/")[2].partition("?")[0])
+            if self.server.revisions[-1] == "gone":
+                self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+                return
             siblings = [{"rfilename": name} for name in FILES]
             self._send(200, json.dumps({"id": ID, "sha": COMMIT, "siblings": siblings}).encode(), {})
         elif "/tree/" in self.path:
@@ -143,6 +148,14 @@ def test_no_such_model(hub: FakeHub, tmp_path: Path) -> None:
     hub.status = 404
     with pytest.raises(SourceFailed, match="no such model"):
         HubSource(ID, hub.url).fetch(tmp_path, NoProgress())
+
+
+def test_a_revision_is_asked_for_by_name(hub: FakeHub, tmp_path: Path) -> None:
+    download(ID, False, NoProgress(), lacks=missing_tokenizer, revision="v2", into=tmp_path, endpoint=hub.url)
+    assert hub.revisions == ["v2"]
+    assert {name for name, _ in hub.sent} == {"config.json", "tokenizer.json"}
+    with pytest.raises(SourceFailed, match='there is no revision "gone"'):
+        download(ID, False, NoProgress(), revision="gone", into=tmp_path, endpoint=hub.url)
 
 
 def test_out_of_reach(store: Store) -> None:

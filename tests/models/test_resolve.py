@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from baton.base.errors import ConfigError
-from baton.models import CATALOG, Store, home, pull, resolve
+from baton.models import CATALOG, Store, home, pull, resolve, resolve_tokenizer
 
 
 def make(directory: Path, *files: str) -> Path:
@@ -88,3 +88,18 @@ def test_nothing_heavy_is_imported_for_a_model_that_is_there(tmp_path: Path) -> 
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "."])
+def test_only_the_hub_has_revisions(name: str) -> None:
+    with pytest.raises(ConfigError, match=r'revision "v1" works with Hub ids'):
+        resolve(name, revision="v1")
+
+
+def test_a_tokenizer_alone(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not a tokenizer's directory: no tokenizer.json"):
+        resolve_tokenizer(str(tmp_path))
+    make(tmp_path, "tokenizer.json")
+    assert resolve_tokenizer(str(tmp_path)) == tmp_path.resolve()
+    with pytest.raises(ConfigError, match="unknown model"):
+        resolve_tokenizer("nothing")

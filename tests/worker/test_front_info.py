@@ -14,7 +14,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from baton.base.config import DisaggConfig, WorkerConfig
+from baton.api.sampling import NO_DEFAULTS
+from baton.base.config import DisaggConfig, EngineConfig, WorkerConfig
 from baton.base.errors import ConfigError
 from baton.worker.front import Front, new_event_loop
 
@@ -46,6 +47,17 @@ def test_model_info(rig: Rig, path: str) -> None:
     assert info["model_path"] == MODEL
     assert info["disaggregation_mode"] == "null"
     assert info["architectures"] == ["TinyForCausalLM"]
+
+
+def test_tokenizer_and_sampling_defaults_can_be_others(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5}')  # a directory with weights only
+    engine = EngineConfig(tokenizer_path=str(model_dir))
+    state = Front(WorkerConfig(), str(tmp_path), "unused", DisaggConfig(), engine).state
+    assert state.tokenizer.encode("hello")
+    assert state.chat.render([{"role": "user", "content": "hello"}]).startswith("<|im_start|>user")
+    assert state.defaults.temperature == 0.5
+    worker = WorkerConfig(sampling_defaults="openai")
+    assert Front(worker, str(tmp_path), "unused", DisaggConfig(), engine).state.defaults == NO_DEFAULTS
 
 
 @pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])

@@ -38,6 +38,10 @@ class EngineConfig:
     """One engine: a model, its KV pool and its loop."""
 
     model: str = option("smollm2-135m", "local directory, Hub id or short name", flags=("--model-path",))
+    revision: str = option("", "branch, tag or commit of a model from the Hub; empty: its main branch")
+    tokenizer_path: str = option(
+        "", "directory or Hub id whose tokenizer and chat template are used; empty: the model's own"
+    )
     load_format: str = option(
         "auto", "auto: safetensors; dummy: random weights from config.json", choices=("auto", "dummy")
     )
@@ -55,6 +59,9 @@ class EngineConfig:
     )
     page_size: int = option(16, "tokens per KV page")
     kv_pages: int = option(0, "pages in the KV pool; 0: as many as mem-fraction-static or kv-cache-gb admit")
+    max_total_tokens: int = option(
+        0, "tokens the KV pool holds at most, in whole pages; 0: see kv-pages; on a GPU never more than fit"
+    )
     kv_cache_gb: float = option(0.0, "size of the KV pool in GiB; 0: from mem-fraction-static (GPU), 1 GiB (CPU)")
     mem_fraction_static: float = option(0.85, "GPU: share of the memory for weights and KV pool together")
     max_model_len: int = option(
@@ -76,6 +83,12 @@ class EngineConfig:
             raise ConfigError(f"page_size is {self.page_size}; it must be at least 1")
         if self.chunked_prefill_size < 1:
             raise ConfigError(f"chunked_prefill_size is {self.chunked_prefill_size}; it must be at least 1")
+        if self.max_total_tokens and self.kv_pages:
+            raise ConfigError("max_total_tokens and kv_pages both say how large the KV pool is; give one of them")
+        if self.max_total_tokens and self.max_total_tokens < self.page_size:
+            raise ConfigError(
+                f"max_total_tokens is {self.max_total_tokens}; it must be 0 or at least the page size, {self.page_size}"
+            )
         for name in ("tp_size", "dp_size"):
             if getattr(self, name) != 1:
                 raise ConfigError(
@@ -125,8 +138,16 @@ class WorkerConfig:
     served_model_name: str = option("", "model name in the API; empty: the model as given")
     api_key: str = option("", "bearer token that requests must carry; empty: none")
     chat_template: str = option("", "Jinja file that replaces the model's chat template")
+    sampling_defaults: str = option(
+        "model",
+        "what a request gets that says nothing: model (its generation_config.json) or openai (temperature 1, top_p 1)",
+        choices=("model", "openai"),
+    )
     max_body_mb: float = option(8.0, "larger request bodies get 413")
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True, slots=True)

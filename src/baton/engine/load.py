@@ -94,7 +94,7 @@ def build_runner(config: EngineConfig, memory: Callable[[int], memoryview] | Non
     spare = 0 if resolved.device.type == "cpu" else 1  # for the padding rows of CUDA graphs; in nobody's page table
     pool = KVPool(layout, num_pages + spare, buffer, resolved.device)
     eos = eos_token_ids(resolved.path, settings)
-    sampler = Sampler(shape.vocab_size, eos, _grammars(resolved.path))
+    sampler = Sampler(shape.vocab_size, eos, _grammars(tokenizer_dir(config)))
     length = max_model_len(config, shape, layout, num_pages)
     attention, forward = _compute(config, model, pool, shape.heads, team, layout.pages_for(length))
     runner = ModelRunner(forward, attention, sampler, config.page_size, resolved.device)
@@ -287,6 +287,10 @@ def eos_token_ids(path: Path, config: Any) -> tuple[int, ...]:
     return tuple(sorted({eos} if isinstance(eos, int) else set(eos)))
 
 
+def tokenizer_dir(config: EngineConfig) -> Path:
+    return Path(config.tokenizer_path or config.model).expanduser()
+
+
 def _grammars(path: Path) -> Grammars | NoGrammars:
     return Grammars(path) if (path / "tokenizer.json").is_file() else NoGrammars()
 
@@ -328,6 +332,9 @@ def count_pages(config: EngineConfig, layout: KVLayout, device: torch.device) ->
     """Pages of the pool, at least one. Raises `ConfigError` if not even that fits."""
     if config.kv_pages:
         return config.kv_pages
+    wanted = config.max_total_tokens // layout.page_size
+    if wanted and device.type == "cpu":
+        return wanted
     if config.kv_cache_gb or device.type == "cpu":
         size = int((config.kv_cache_gb or 1.0) * GIB)
     else:
@@ -335,7 +342,8 @@ def count_pages(config: EngineConfig, layout: KVLayout, device: torch.device) ->
         size = int(free - total * (1 - config.mem_fraction_static))
     if size < layout.page_bytes:
         raise ConfigError(f"{max(size, 0)} bytes for the KV pool hold no page of {layout.page_bytes} bytes")
-    return size // layout.page_bytes
+    fitting = size // layout.page_bytes
+    return min(wanted, fitting) if wanted else fitting
 
 
 def max_model_len(config: EngineConfig, shape: Shape, layout: KVLayout, num_pages: int) -> int:

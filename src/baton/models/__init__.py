@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from baton.models.catalog import CATALOG, Model, WheelFile
 from baton.models.progress import NoProgress, Progress, RichProgress
-from baton.models.resolve import pull, resolve
+from baton.models.resolve import pull, resolve, resolve_tokenizer
 from baton.models.source import PullFailed
 from baton.models.store import Store, home
 
@@ -27,4 +27,5 @@ __all__ = [
     "home",
     "pull",
     "resolve",
+    "resolve_tokenizer",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils.tqdm import tqdm
 
@@ -22,6 +24,8 @@ from baton.models.source import SourceFailed, missing
 
 CONFIG_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 WEIGHT_FILES = ["model*.safetensors"]
+Lacks = Callable[[Path], str]
+"""What a directory lacks, as `source.missing`."""
 REACH_SECONDS = 5.0
 HTTP_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 """Of the HTTP library that the Hub's library uses (which one depends on its version): broken connections."""
@@ -40,17 +44,24 @@ class HubSource:
         shutil.rmtree(into / ".cache", ignore_errors=True)  # the Hub library's book-keeping
 
 
-def cached(hub_id: str, weights: bool) -> Path | None:
+def cached(hub_id: str, lacks: Lacks, revision: str | None = None) -> Path | None:
     """The directory of `hub_id` in the Hub library's own cache, if it is complete; touches no network."""
     try:
-        path = Path(snapshot_download(hub_id, local_files_only=True))
+        path = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return None if missing(path, weights) else path
+    return None if lacks(path) else path
 
 
 def download(
-    hub_id: str, weights: bool, progress: Progress, *, into: Path | None = None, endpoint: str | None = None
+    hub_id: str,
+    weights: bool,
+    progress: Progress,
+    *,
+    lacks: Lacks = missing,
+    revision: str | None = None,
+    into: Path | None = None,
+    endpoint: str | None = None,
 ) -> Path:
     """Into `into`, or the Hub library's cache. Raises `SourceFailed` with the reason in one sentence."""
     progress.stage(f"download {hub_id} from the Hub")
@@ -58,6 +69,7 @@ def download(
     try:
         path = snapshot_download(
             hub_id,
+            revision=revision,
             allow_patterns=patterns,
             local_dir=into,
             etag_timeout=REACH_SECONDS,
@@ -68,15 +80,17 @@ def download(
         raise SourceFailed("access is gated: accept its terms on the Hub and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
         raise SourceFailed("there is no such model (a private one needs HF_TOKEN)") from error
+    except RevisionNotFoundError as error:
+        raise SourceFailed(f'there is no revision "{revision}" of it') from error
     except HFValidationError as error:
         raise SourceFailed(f"not a valid Hub id: {error}") from error
     except LocalEntryNotFoundError as error:
         raise SourceFailed(f"not reachable: {_root(error)}") from error
     except (HTTP_ERROR, OSError) as error:
         raise SourceFailed((str(error) or repr(error)).splitlines()[0]) from error
-    lack = missing(Path(path), weights)
+    lack = lacks(Path(path))
     if lack:
-        raise SourceFailed(f"the download is incomplete or the model is not in safetensors format: {lack}")
+        raise SourceFailed(f"the download is incomplete or not in a format that is read here: {lack}")
     return Path(path)
 
 

@@ -64,6 +64,11 @@ def missing(directory: Path, weights: bool = True) -> str:
     return f"no {lost[0]}" if lost else ""
 
 
+def missing_tokenizer(directory: Path) -> str:
+    """What a directory lacks to tokenize with, `""` if nothing."""
+    return "" if (directory / "tokenizer.json").is_file() else "no tokenizer.json"
+
+
 class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 

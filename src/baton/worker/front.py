@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 from baton.api import openai, sglang
 from baton.api.chat import ChatTemplate
 from baton.api.dialect import error_body
-from baton.api.sampling import Defaults
+from baton.api.sampling import NO_DEFAULTS, Defaults
 from baton.api.text import load_tokenizer
 from baton.base.clock import MonotonicClock
 from baton.base.config import DisaggConfig, EngineConfig, WorkerConfig
@@ -127,10 +127,11 @@ class Front:
         *,
         drain: float = DRAIN,
     ) -> None:
-        tokenizer = load_tokenizer(model_dir)
-        chat = ChatTemplate.load(model_dir, tokenizer.special_tokens, worker.chat_template)
         config = engine if engine is not None else EngineConfig(model=model_dir)
-        defaults = Defaults.load(model_dir)
+        tokenizer_dir = config.tokenizer_path or model_dir
+        tokenizer = load_tokenizer(tokenizer_dir)
+        chat = ChatTemplate.load(tokenizer_dir, tokenizer.special_tokens, worker.chat_template)
+        defaults = Defaults.load(model_dir) if worker.sampling_defaults == "model" else NO_DEFAULTS
         self.state = FrontState(worker, disagg, config, model_dir, tokenizer, chat, defaults, MonotonicClock())
         self._channel = Path(channel)
         self._drain = drain

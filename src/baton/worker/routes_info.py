@@ -87,7 +87,7 @@ class InfoRoutes:
         info = {
             "model_path": ready.model_path if ready is not None else state.engine.model,
             "served_model_name": state.served_name,
-            "tokenizer_path": state.model_dir,
+            "tokenizer_path": state.engine.tokenizer_path or state.model_dir,
             "is_generation": True,
             "preferred_sampling_params": None,
             "weight_version": "default",
@@ -117,7 +117,7 @@ class InfoRoutes:
             **disagg,
             "disaggregation_transfer_backend": state.disagg.transport,
             "model_path": state.engine.model,
-            "tokenizer_path": state.model_dir,
+            "tokenizer_path": state.engine.tokenizer_path or state.model_dir,
             "served_model_name": state.served_name,
             "pp_size": 1,
             "load_balance_method": "round_robin",
