@@ -94,7 +94,14 @@ def test_info_comes_from_a_worker() -> None:
         exchange.whole({"path": exchange.path})
 
     async def check(s: Stack) -> None:
-        for path in ("/v1/models", "/v1/models/a/b", "/model_info", "/get_model_info", "/get_server_info"):
+        for path in (
+            "/v1/models",
+            "/v1/models/a/b",
+            "/v1/models/a%20%C3%BC",
+            "/model_info",
+            "/get_model_info",
+            "/get_server_info",
+        ):
             assert (await s.client.get(path)).json() == {"path": path}
         assert (await s.client.get("/server_info")).json() == s.decode.info
         s.decode.behave = reset
@@ -117,6 +124,38 @@ def test_fan_outs_reach_everybody() -> None:
         assert reply.json()["workers"][s.decode.url]["status"] == 400
 
     with_stack(whole({}), whole({}), check)
+
+
+def test_a_body_that_all_workers_refuse_is_the_clients_fault() -> None:
+    refusal = {"error": {"message": "rid is a number", "param": "rid"}}
+
+    async def check(s: Stack) -> None:
+        reply = await s.client.post("/abort_request", json={"rid": 5})
+        assert (reply.status_code, reply.json()) == (400, refusal)
+        s.prefill.behave = s.decode.behave = whole({"error": "the gateway's key, not the client's"}, 401)
+        assert (await s.client.post("/abort_request", json={"rid": "r"})).status_code == 502
+
+    with_stack(whole(refusal, 400), whole(refusal, 400), check)
+
+
+@pytest.mark.parametrize("path", ["/abort_request", "/workers", "/flush_cache"])
+def test_bodies_of_commands_have_a_limit_too(path: str) -> None:
+    async def check(s: Stack) -> None:
+        reply = await s.client.post(path, content=b" " * 3 * 2**20)
+        assert reply.status_code == 413
+        assert reply.headers["connection"] == "close"
+        assert s.decode.seen == []
+
+    with_stack(hang, hang, check, max_body_mb=1.0)
+
+
+def test_a_worker_in_invalid_utf8() -> None:
+    async def check(s: Stack) -> None:
+        reply = await s.client.post("/workers", content=b'{"url": "\xff"}')
+        assert reply.status_code == 400
+        assert "a worker is" in reply.json()["error"]
+
+    with_stack(hang, hang, check)
 
 
 def test_keys_are_asked_for_everywhere_but_at_the_probes() -> None:

@@ -143,6 +143,18 @@ def test_what_is_not_a_json_object_is_refused(raw: bytes) -> None:
         splice.read(raw, "other")
 
 
+@pytest.mark.parametrize("name", ROUTING)
+def test_a_key_that_is_not_utf8_is_refused_where_keys_are_written_anew(name: str) -> None:
+    raw = b'{"%b": 1, "\xff": 2}' % name.encode()
+    with pytest.raises(BadRequest, match="not valid JSON"):
+        splice.read(raw, "other")
+    assert splice.read(raw.replace(name.encode(), b"x"), "other")  # passed on as it is: the worker's to judge
+
+
+def test_samples_that_are_not_utf8_are_the_workers_to_refuse() -> None:
+    assert splice.read(b'{"text": "a", "sampling_params": {"n": "\xff"}}', "generate").samples is None
+
+
 def test_too_many_samples_are_refused_before_anybody_draws_rooms() -> None:
     with pytest.raises(BadRequest, match="1024"):
         splice.read(b'{"n": 1000000000}', "other")

@@ -17,7 +17,18 @@ import uvicorn
 from baton.base.config import GatewayConfig
 from baton.base.errors import BadRequest, ConfigError, TooLarge, Unauthorized
 from baton.gateway.control import OPEN_PATHS, Control, new_request_id
-from baton.gateway.door import AsgiAnswer, Inbound, Receive, Scope, Send, read_body, spawn_watch, swallow, target_of
+from baton.gateway.door import (
+    AsgiAnswer,
+    Inbound,
+    Receive,
+    Scope,
+    Send,
+    again,
+    read_body,
+    spawn_watch,
+    swallow,
+    target_of,
+)
 from baton.gateway.inference import PAIRED, Inference, InferenceOptions, refuse
 from baton.gateway.metrics import Metrics
 from baton.gateway.replies import RateLimited
@@ -63,7 +74,19 @@ class Gateway:
         elif scope["method"] in ("POST", "PUT") and (path.startswith("/v1/") or path in NATIVE):
             await self._infer(scope, receive, send)
         else:
-            await self._control(scope, receive, send)
+            await self._manage(scope, receive, send)
+
+    async def _manage(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """All that is not inference. Its bodies have the same limit."""
+        try:
+            body = await read_body(scope, receive, self._limit)
+        except ClientGone:
+            return
+        except TooLarge as error:
+            answer, path = AsgiAnswer(send), scope["path"]
+            await refuse(answer, path, error, [CLOSE], last=lambda: swallow(receive, 4 * self._limit))
+            return
+        await self._control(scope, again(body, receive), send)
 
     async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, metrics, answer = scope["path"], self.metrics, AsgiAnswer(send)

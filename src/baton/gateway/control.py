@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from baton.base.errors import BadRequest, BatonError, ConfigError, Unavailable
+from baton.gateway.door import target_of
 from baton.gateway.metrics import Metrics
 from baton.gateway.replies import error_body, error_headers
 from baton.router import health
@@ -95,7 +96,7 @@ class Control:
     async def add_worker(self, request: Request) -> Response:
         try:
             new = msgspec.json.decode(await request.body(), type=NewWorker)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise BadRequest(f'a worker is {{"url", "worker_type", "bootstrap_port"}}: {error}') from error
         try:
             worker = self._router.add(new.url, new.worker_type, new.bootstrap_port)
@@ -128,15 +129,18 @@ class Control:
         """The answer of one worker."""
         worker = self._router.choose_one().answering
         try:
-            reply = await self._router.ask(worker, "GET", request.url.path)
+            reply = await self._router.ask(worker, "GET", target_of(request.scope))
         except FetchFailed as error:
             raise Unavailable(str(error)) from error
         kind = next((value.decode("latin-1") for name, value in reply.headers if name == b"content-type"), None)
         return Response(reply.body, reply.status, media_type=kind)
 
     async def _fan_out(self, method: str, path: str, body: bytes) -> Response:
-        """200 if every worker agrees; each one's answer is in the body."""
+        """200 if every worker agrees; each one's answer is in the body. A body that they all refuse is the client's."""
         replies = await self._router.ask_all(method, path, body)
+        refusals = [reply for reply in replies.values() if not isinstance(reply, str) and reply.status in (400, 413)]
+        if refusals and len(refusals) == len(replies):
+            return Response(refusals[0].body, refusals[0].status, media_type="application/json")
         results = {
             url: {"status": 0, "message": reply}
             if isinstance(reply, str)

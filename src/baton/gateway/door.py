@@ -93,6 +93,18 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         size += len(parts[-1])
 
 
+def again(body: bytes, receive: Receive) -> Receive:
+    """For an application that reads the body itself: it gets the one that was read, then what comes after it."""
+    unread = [body]
+
+    async def replay() -> MutableMapping[str, Any]:
+        if unread:
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+        return await receive()
+
+    return replay
+
+
 async def swallow(receive: Receive, limit: int) -> None:
     """Read on for a moment and forget it: a connection that is closed while its client still writes would be reset,
     and the client would never see why."""

@@ -84,6 +84,10 @@ def read(raw: bytes, kind: Kind) -> Body:
     """Raises `BadRequest` if `raw` is not a JSON object, or asks for more than `MAX_SAMPLES` sequences."""
     try:
         fields = _FIELDS.decode(raw)
+        rendezvous = any(getattr(fields, name) is not _UNSET for name in RENDEZVOUS)
+        ranks = fields.routed_dp_rank is not _UNSET or fields.disagg_prefill_dp_rank is not _UNSET
+        if rendezvous or ranks:
+            _OBJECT.decode(raw)  # `pair` will: now is the time to find a key that is not UTF-8
     except msgspec.ValidationError as error:
         raise BadRequest(f"the request body must be a JSON object: {error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -115,8 +119,8 @@ def read(raw: bytes, kind: Kind) -> Body:
         prompt_tokens=len(raw) // 4 + 1,
         max_tokens=max_tokens * (samples or 1),
         merge=merge,
-        rendezvous=any(getattr(fields, name) is not _UNSET for name in RENDEZVOUS),
-        ranks=fields.routed_dp_rank is not _UNSET or fields.disagg_prefill_dp_rank is not _UNSET,
+        rendezvous=rendezvous,
+        ranks=ranks,
     )
 
 
@@ -178,7 +182,7 @@ def _sampling(raw: _Raw) -> tuple[Any, Any]:
         return 1, None
     try:
         sampling = _SAMPLING.decode(raw)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return 1, None  # the worker says what is wrong
     if isinstance(sampling, list):
         if not sampling:
