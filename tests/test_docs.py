@@ -61,7 +61,7 @@ def test_baton_commands_are_taken(page: Path) -> None:
 
 
 def parse(words: list[str]) -> None:
-    with click.Context(cli) as context:
+    with click.Context(cli, **cli.context_settings) as context:  # with its own names for --help, which click keeps
         command = cli.get_command(context, words[0])
         assert command is not None, f"no command baton {words[0]}"
         command.make_context(words[0], words[1:], parent=context).close()
