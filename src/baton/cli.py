@@ -23,6 +23,8 @@ from baton.options import Command, Option, build, config_options, default_of
 from baton.sglang_flags import NEGATIVES, ROUTER_SWITCHES, foreign, join_lists, join_urls, tell_gpu_only, translate
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "auto_envvar_prefix": "BATON"}
+WORKER_OPTIONS = ("served_model_name", "chat_template", "tool_call_parser", "reasoning_parser", "sampling_defaults")
+"""Of `baton worker`'s front, what `baton serve` takes too."""
 DEFAULT_BACKEND = "native(P:d1t1p1|D:d1t1p1)"
 
 
@@ -91,7 +93,7 @@ def cli() -> None:
     help="workers listen on free ports from here upwards",
 )  # fmt: skip
 @config_options(GatewayConfig, "Gateway", skip=("worker_api_key",))
-@config_options(WorkerConfig, "Workers", only=("served_model_name", "chat_template", "sampling_defaults"))
+@config_options(WorkerConfig, "Workers", only=WORKER_OPTIONS)
 @config_options(EngineConfig, "Engines", extra=NEGATIVES)
 @config_options(DisaggConfig, "Prefill and decode apart", skip=("mode", "bootstrap_host", "drain_timeout"))
 @foreign()

@@ -124,7 +124,10 @@ def test_text_format_is_no_grammar(model: ModelContext) -> None:
 
 
 def test_chat_options(model: ModelContext) -> None:
-    base = {"messages": [{"role": "user", "content": "hello"}], "tools": [{"type": "function"}]}
+    base = {
+        "messages": [{"role": "user", "content": "hello"}],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    }
     assert parse(Chat(), model, **base, tool_choice="none").n == 1
     plan = parse(Chat(), model, **base, logprobs=True).plans[0]
     assert plan.sampling.logprobs == 0

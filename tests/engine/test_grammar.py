@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from llguidance import LLParserLimits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from baton.api.answers import AnswerFormat
+from baton.api.tools import tool_use
 from baton.base.errors import BadRequest
 from baton.base.messages import Grammar, Sampling
 from baton.engine.grammar import COMPILED, Grammars
@@ -85,6 +87,38 @@ def test_a_schemas_outputs_parse_and_fit(grammars: Grammars, tokenizer: Tokenize
     assert 0 <= value["age"] <= 150
     assert len(value["tags"]) <= 3
     assert set(value["tags"]) <= {"a", "b", "ü"}
+
+
+CITY = {"type": "string", "enum": ["Bern", "Oslo"]}
+TOOLS = [
+    {"function": {"name": "weather", "parameters": {
+        "type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}, "required": ["city"],
+        "additionalProperties": False, "$defs": {"City": CITY},
+    }}},
+    {"function": {"name": "tree", "parameters": {
+        "type": "object", "properties": {"child": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["child"],
+        "additionalProperties": False,
+    }}},
+    {"function": {"name": "now"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_forced_call_is_one_of_the_tools(
+    grammars: Grammars, tokenizer: Tokenizer, seed: int, choice: str | dict[str, object]
+) -> None:
+    use = tool_use(TOOLS, choice, False, None)
+    assert use.grammar is not None
+    assert use.format is not None
+    text = tokenizer.decode(generate(sampler(grammars), sequence(use.grammar, seed)))
+    (call,) = json.loads(text)
+    assert list(call) == ["name", "parameters"]
+    assert call["name"] in use.names
+    if call["name"] == "weather":
+        assert call["parameters"]["city"] in CITY["enum"]
+    (found,) = AnswerFormat(tools=use.format, names=use.names).read(text).calls
+    assert (found.name, json.loads(found.arguments)) == (call["name"], call["parameters"])
 
 
 def sampler(grammars: Grammars) -> Sampler:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from .rig import MODEL, Rig, paced
+from .rig import MODEL, Rig, paced, serving
 
 
 @pytest.fixture
@@ -65,6 +67,35 @@ def test_a_stream_never_shows_half_a_character(rig: Rig) -> None:
     texts = [event["choices"][0]["text"] for event in events(rig, "/v1/completions", **body)]
     assert "".join(texts) == whole
     assert not any("\ufffd" in text for text in texts[:-2])
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+SAID_AGAIN = 'So:<tool_call>{"name": "f", "arguments": {"x": [1, "}"]}}</tool_call>'
+
+
+def test_calls_of_tools(model_dir: Path, tmp_path: Path) -> None:
+    """The model says the prompt again, up to the end of the user's message."""
+    with serving(model_dir, tmp_path, tool_call_parser="hermes", reasoning_parser="qwen3") as rig:
+        info = httpx.get(f"{rig.url}/model_info", timeout=20).json()
+        assert (info["tool_call_parser"], info["reasoning_parser"]) == ("hermes", "qwen3")
+        with openai.OpenAI(base_url=f"{rig.url}/v1", api_key="none", max_retries=0) as client:
+            messages = [{"role": "user", "content": SAID_AGAIN}]
+            body: dict[str, Any] = {"model": MODEL, "messages": messages, "tools": [TOOL]}
+            choice = client.chat.completions.create(**body).choices[0]
+            assert choice.finish_reason == "tool_calls"
+            assert choice.message.content == "user\nSo:"
+            assert choice.message.tool_calls is not None
+            assert choice.message.tool_calls[0].function.name == "f"
+            assert json.loads(choice.message.tool_calls[0].function.arguments) == {"x": [1, "}"]}
+            with paced(rig, 0.005):
+                chunks = list(client.chat.completions.create(**body, stream=True))
+            calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+            assert len(calls) > 2
+            assert calls[0].id
+            assert calls[0].function.name == "f"
+            assert "".join(call.function.arguments for call in calls) == '{"x": [1, "}"]}'
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "user\nSo:"
+            assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
 def test_chat(client: openai.OpenAI) -> None:

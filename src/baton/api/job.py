@@ -9,8 +9,10 @@ from typing import Any, Literal
 import msgspec
 
 from baton.api.chat import ChatTemplate
+from baton.api.reasoning import ReasoningFormat
 from baton.api.sampling import MAX_ROOM, NO_DEFAULTS, Defaults, Plan, derived
 from baton.api.text import TextCodec
+from baton.api.tool_calls import ToolFormat
 from baton.base.clock import Clock, MonotonicClock
 from baton.base.errors import BadRequest, NotFound
 from baton.base.messages import Generate, Ticket
@@ -31,6 +33,10 @@ class ModelContext:
     longest: int
     """Tokens of prompt and output together that the engine can hold."""
     defaults: Defaults = NO_DEFAULTS
+    tools: ToolFormat | None = None
+    """How the model writes calls of tools; None: they stay text."""
+    reasoning: ReasoningFormat | None = None
+    """How it marks its thoughts; None: they stay text."""
     bootstrap_host: str = "127.0.0.1"
     bootstrap_port: int = 8998
     fingerprint: str = "baton"

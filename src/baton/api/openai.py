@@ -9,21 +9,15 @@ from typing import Any
 
 import msgspec
 
+from baton.api.answers import AnswerFormat
 from baton.api.dialect import Writer, decode, request_id
-from baton.api.job import Job, ModelContext, PDFields, Prompt, count_sequences, prompt_of, tickets
-from baton.api.openai_replies import ChatWriter, CompletionWriter, ReplyOptions
-from baton.api.sampling import (
-    JSON_OBJECT,
-    MAX_TOP_LOGPROBS_OPENAI,
-    Asked,
-    Plan,
-    build,
-    choice_grammar,
-    one_grammar,
-    schema_grammar,
-    structural_grammar,
-    text_grammar,
-)
+from baton.api.job import Job, ModelContext, Prompt, count_sequences, prompt_of, tickets
+from baton.api.openai_chat_replies import ChatWriter
+from baton.api.openai_replies import CompletionWriter, ReplyOptions
+from baton.api.sampling import MAX_TOP_LOGPROBS_OPENAI, Asked, Plan, build
+from baton.api.structured import StructuredFields, grammar_of
+from baton.api.tool_calls import openai_id
+from baton.api.tools import ToolUse, tool_use
 from baton.base.errors import BadRequest
 from baton.base.messages import Grammar
 
@@ -36,18 +30,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
-class StructuredOutputs(msgspec.Struct, kw_only=True):
-    """vLLM's `structured_outputs`."""
-
-    json: Any = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    structural_tag: Any = None
-
-
-class CommonRequest(PDFields, kw_only=True):
+class CommonRequest(StructuredFields, kw_only=True):
     """What both routes take."""
 
     model: str | None = None
@@ -63,7 +46,6 @@ class CommonRequest(PDFields, kw_only=True):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     user: str | None = None
-    response_format: dict[str, Any] | None = None
     # vLLM and SGLang
     rid: str | None = None
     request_id: str | None = None
@@ -80,15 +62,6 @@ class CommonRequest(PDFields, kw_only=True):
     no_stop_trim: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: Any = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    json_schema: Any = None
-    regex: str | None = None
-    ebnf: str | None = None
-    structural_tag: Any = None
     # refused if they carry something: an answer without them would be wrong
     prompt_logprobs: Any = None
     truncate_prompt_tokens: Any = None
@@ -128,6 +101,8 @@ class ChatRequest(CommonRequest, kw_only=True):
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     add_generation_prompt: bool | None = None
@@ -167,11 +142,14 @@ class Chat:
         request: ChatRequest = decode(self._decoder, body)
         context.check_model(request.model)
         _refuse_unsupported(request)
-        plan = _chat_plan(request, context)
-        prompt = prompt_of(_chat_text(request, context), context, "messages", special=bool(request.add_special_tokens))
+        use = tool_use(request.tools, request.tool_choice, request.parallel_tool_calls, context.tools)
+        plan = _chat_plan(request, use, context)
+        text = _chat_text(request, use, context)
+        prompt = prompt_of(text, context, "messages", special=bool(request.add_special_tokens))
         name = request_id(request.rid or request.request_id, "chatcmpl-", rid)
         job = _job(request, name, [prompt], plan, context, None)
-        return job, ChatWriter(name, context, job, _reply_options(request, plan))
+        answer = _answer_format(request, use, plan, text, context)
+        return job, ChatWriter(name, context, job, _reply_options(request, plan), answer)
 
 
 def _job(
@@ -205,7 +183,21 @@ def _reply_options(request: CommonRequest, plan: Plan) -> ReplyOptions:
     )
 
 
-def _asked(request: CommonRequest) -> Asked:
+def _answer_format(request: ChatRequest, use: ToolUse, plan: Plan, prompt: str, context: ModelContext) -> AnswerFormat:
+    """A grammar has the first word: what it lets through is no thought, and no call unless that is what it is for."""
+    free = plan.sampling.grammar is None
+    reasoning = None if request.separate_reasoning is False else context.reasoning
+    return AnswerFormat(
+        reasoning=reasoning,
+        thinking=reasoning is not None and free and reasoning.opened_by(prompt),
+        tools=use.format if free or use.grammar is not None else None,
+        names=use.names,
+        limit=use.limit,
+        new_id=context.tools.new_id if context.tools is not None else openai_id,
+    )
+
+
+def _asked(request: CommonRequest, forced: Grammar | None = None) -> Asked:
     return Asked(
         max_tokens=request.max_tokens,
         min_tokens=request.min_tokens,
@@ -224,7 +216,7 @@ def _asked(request: CommonRequest) -> Asked:
         n=request.n,
         skip_special_tokens=request.skip_special_tokens,
         keep_stop=request.include_stop_str_in_output or request.no_stop_trim,
-        grammar=_grammar(request),
+        grammar=grammar_of(request, forced),
     )
 
 
@@ -241,8 +233,10 @@ def _completion_plan(request: CompletionRequest, context: ModelContext) -> Plan:
     )
 
 
-def _chat_plan(request: ChatRequest, context: ModelContext) -> Plan:
-    asked = _asked(request)
+def _chat_plan(request: ChatRequest, use: ToolUse, context: ModelContext) -> Plan:
+    asked = _asked(request, use.grammar)
+    if use.format is not None and use.format.special:
+        asked.skip_special_tokens = False
     if request.max_completion_tokens is not None:
         asked.max_tokens = request.max_completion_tokens
         asked.names = {"max_tokens": "max_completion_tokens"}
@@ -276,7 +270,7 @@ def _with_text(prompt: Prompt, context: ModelContext) -> Prompt:
     return Prompt(prompt.tokens, context.tokenizer.decode(prompt.tokens, skip_special=False))
 
 
-def _chat_text(request: ChatRequest, context: ModelContext) -> str:
+def _chat_text(request: ChatRequest, use: ToolUse, context: ModelContext) -> str:
     if not request.messages:
         raise BadRequest("messages is empty", param="messages")
     for index, message in enumerate(request.messages):
@@ -294,18 +288,11 @@ def _chat_text(request: ChatRequest, context: ModelContext) -> str:
         extra.pop(reserved, None)
     return context.chat.render(
         request.messages,
-        tools=_tools(request),
+        tools=use.shown,
         add_generation_prompt=request.add_generation_prompt is not False and not continued,
         continue_final_message=continued,
         **extra,
     )
-
-
-def _tools(request: ChatRequest) -> list[dict[str, Any]] | None:
-    choice = request.tool_choice
-    if choice not in (None, "auto", "none"):
-        raise BadRequest('tool_choice can be "auto" or "none" here', param="tool_choice")
-    return None if choice == "none" else request.tools
 
 
 def _refuse_unsupported(request: CommonRequest) -> None:
@@ -323,49 +310,3 @@ def _refuse_in_completions(request: CompletionRequest) -> None:
         raise BadRequest("suffix is not supported: the models served here only continue a text", param="suffix")
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise BadRequest("best_of is supported only if equal to n", param="best_of")
-
-
-def _grammar(request: CommonRequest) -> Grammar | None:
-    outputs = request.structured_outputs or StructuredOutputs()
-    return one_grammar(
-        {
-            "response_format": _response_format(request.response_format),
-            "structured_outputs.json": schema_grammar(outputs.json, "structured_outputs.json"),
-            "structured_outputs.regex": text_grammar("regex", outputs.regex),
-            "structured_outputs.choice": choice_grammar(outputs.choice, "structured_outputs.choice"),
-            "structured_outputs.grammar": text_grammar("ebnf", outputs.grammar),
-            "structured_outputs.json_object": JSON_OBJECT if outputs.json_object else None,
-            "structured_outputs.structural_tag": structural_grammar(outputs.structural_tag),
-            "guided_json": schema_grammar(request.guided_json, "guided_json"),
-            "guided_regex": text_grammar("regex", request.guided_regex),
-            "guided_choice": choice_grammar(request.guided_choice, "guided_choice"),
-            "guided_grammar": text_grammar("ebnf", request.guided_grammar),
-            "json_schema": schema_grammar(request.json_schema, "json_schema"),
-            "regex": text_grammar("regex", request.regex),
-            "ebnf": text_grammar("ebnf", request.ebnf),
-            "structural_tag": structural_grammar(request.structural_tag),
-        }
-    )
-
-
-def _response_format(value: dict[str, Any] | None) -> Grammar | None:
-    if value is None:
-        return None
-    match value.get("type"):
-        case "text":
-            return None
-        case "json_object":
-            return JSON_OBJECT
-        case "json_schema":
-            wrapper = value.get("json_schema")
-            schema = wrapper.get("schema", wrapper.get("schema_")) if isinstance(wrapper, dict) else None
-            if schema is None:
-                raise BadRequest("response_format.json_schema.schema is missing", param="response_format")
-            return schema_grammar(schema, "response_format.json_schema.schema")
-        case "structural_tag":
-            return structural_grammar(value)
-        case other:
-            raise BadRequest(
-                f"response_format.type is {other!r}; allowed: text, json_object, json_schema, structural_tag",
-                param="response_format",
-            )

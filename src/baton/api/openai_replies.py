@@ -1,4 +1,5 @@
-"""OpenAI's answers: whole ones, and stream chunks whose unchanging parts are encoded once per request.
+"""OpenAI's answers on /v1/completions, and what they share with those of chats (`openai_chat_replies`): whole ones, and
+stream chunks whose unchanging parts are encoded once per request.
 
 Beside OpenAI's fields a choice carries `stop_reason` (the stop string or token id that matched, as in vLLM) and, if
 `return_token_ids` was set, `token_ids` (and `prompt_token_ids`).
@@ -20,7 +21,7 @@ from baton.base.messages import TokenLogprob
 
 LEAST_LOGPROB = -9999.0
 """JSON knows no infinity."""
-_json = msgspec.json.Encoder().encode
+to_json = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +70,11 @@ class TextLogprobs(msgspec.Struct):
     text_offset: list[int]
 
 
-class Message(msgspec.Struct, omit_defaults=True):
-    role: str
-    content: str | None
-    refusal: None = None
-
-
 class Choice(msgspec.Struct):
     index: int
     finish_reason: str | None
     logprobs: ChatLogprobs | TextLogprobs | None
     stop_reason: int | str | None
-
-
-class ChatChoice(Choice):
-    message: Message
-    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class TextChoice(Choice):
@@ -122,7 +112,7 @@ def clamp(logprob: float) -> float:
     return logprob if logprob > LEAST_LOGPROB else LEAST_LOGPROB
 
 
-class _Base:
+class ReplyWriter:
     """What both routes' writers share: the frame around every chunk."""
 
     def __init__(self, id: str, context: ModelContext, job: Job, options: ReplyOptions, kind: str) -> None:
@@ -140,7 +130,7 @@ class _Base:
             "model": context.name,
             "system_fingerprint": context.fingerprint,
         }
-        self._head = b"data: " + _json(head)[:-1] + b',"choices":['
+        self._head = b"data: " + to_json(head)[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
 
     @property
@@ -150,11 +140,11 @@ class _Base:
     def end(self, outputs: Sequence[Output]) -> bytes:
         if not self._options.include_usage:
             return DONE
-        return self._head + b'],"usage":' + _json(usage_body(outputs, self._job.n)) + b"}\n\n" + DONE
+        return self._head + b'],"usage":' + to_json(usage_body(outputs, self._job.n)) + b"}\n\n" + DONE
 
     def _frame(self, choice: bytes, output: Output) -> bytes:
         if self._options.continuous_usage:
-            return self._head + choice + b'],"usage":' + _json(usage_body([output], 1)) + b"}\n\n"
+            return self._head + choice + b'],"usage":' + to_json(usage_body([output], 1)) + b"}\n\n"
         return self._head + choice + self._tail
 
     def _fresh(self, output: Output) -> slice:
@@ -168,89 +158,7 @@ class _Base:
         return Reply(self.id, self._kind, self._created, context.name, context.fingerprint, choices, usage)
 
 
-class ChatWriter(_Base):
-    def __init__(self, id: str, context: ModelContext, job: Job, options: ReplyOptions) -> None:
-        super().__init__(id, context, job, options, "chat.completion")
-        self._text_chunks = [
-            (
-                self._head + b'{"index":%d,"delta":{"content":' % k,
-                b'},"logprobs":null,"finish_reason":null}' + self._tail,
-            )
-            for k in range(job.n)
-        ]
-        self._plain = options.logprobs is None and not options.token_ids and not options.continuous_usage
-
-    def delta(self, output: Output, text: str) -> bytes:
-        chunk = b"" if output.opened else self._role(output)
-        if self._plain:
-            if text:
-                before, after = self._text_chunks[output.index]
-                chunk += before + _json(text) + after
-        elif text or output.sent_tokens < len(output.tokens):
-            chunk += self._rich(output, text)
-        return chunk + self._finish(output) if output.finish is not None else chunk
-
-    def body(self, outputs: Sequence[Output]) -> bytes:
-        reply = self._reply([self._choice(output) for output in outputs], outputs)
-        if self._options.token_ids:
-            reply.prompt_token_ids = list(outputs[0].prompt.tokens)
-        return _json(reply)
-
-    def _role(self, output: Output) -> bytes:
-        output.opened = True
-        choice = (
-            b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null' % output.index
-        )
-        if self._options.token_ids:
-            choice += b',"prompt_token_ids":' + _json(output.prompt.tokens)
-        return self._frame(choice + b"}", output)
-
-    def _rich(self, output: Output, text: str) -> bytes:
-        fresh = self._fresh(output)
-        logprobs = self._logprobs(output.logprobs[fresh])
-        choice = b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null' % (
-            output.index,
-            _json(text),
-            _json(logprobs),
-        )
-        if self._options.token_ids:
-            choice += b',"token_ids":' + _json(output.tokens[fresh])
-        return self._frame(choice + b"}", output)
-
-    def _finish(self, output: Output) -> bytes:
-        choice = b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%b","stop_reason":%b}' % (
-            output.index,
-            (output.finish or "").encode(),
-            _json(stop_reason(output)),
-        )
-        return self._frame(choice, output)
-
-    def _choice(self, output: Output) -> ChatChoice:
-        return ChatChoice(
-            output.index,
-            output.finish,
-            self._logprobs(output.logprobs),
-            stop_reason(output),
-            Message("assistant", output.text),
-            list(output.tokens) if self._options.token_ids else msgspec.UNSET,
-        )
-
-    def _logprobs(self, entries: Sequence[TokenLogprob]) -> ChatLogprobs | None:
-        if self._options.logprobs is None:
-            return None
-        return ChatLogprobs([self._content(entry) for entry in entries])
-
-    def _content(self, entry: TokenLogprob) -> ContentLogprob:
-        tops = [self._top(logprob, token) for logprob, token in entry.top]
-        one = self._top(entry.logprob if entry.logprob is not None else LEAST_LOGPROB, entry.token)
-        return ContentLogprob(one.token, one.bytes, one.logprob, tops)
-
-    def _top(self, logprob: float, token: int) -> TopLogprob:
-        data = self._tokenizer.token_bytes(token)
-        return TopLogprob(data.decode("utf-8", "replace"), list(data), clamp(logprob))
-
-
-class CompletionWriter(_Base):
+class CompletionWriter(ReplyWriter):
     def __init__(self, id: str, context: ModelContext, job: Job, options: ReplyOptions, *, echo: bool) -> None:
         super().__init__(id, context, job, options, "text_completion")
         self._echo = echo
@@ -262,14 +170,14 @@ class CompletionWriter(_Base):
         chunk = b"" if output.opened or not self._echo else self._echoed(output)
         if self._plain:
             if text:
-                chunk += self._head + b'{"index":%d,"text":' % output.index + _json(text) + self._after
+                chunk += self._head + b'{"index":%d,"text":' % output.index + to_json(text) + self._after
         elif (text or output.sent_tokens < len(output.tokens)) and not output.plan.scored_only:
             fresh = self._fresh(output)
             chunk += self._chunk(output, text, self._columns(output, output.logprobs[fresh]), output.tokens[fresh])
         return chunk + self._finish(output) if output.finish is not None else chunk
 
     def body(self, outputs: Sequence[Output]) -> bytes:
-        return _json(self._reply([self._choice(output) for output in outputs], outputs))
+        return to_json(self._reply([self._choice(output) for output in outputs], outputs))
 
     def _echoed(self, output: Output) -> bytes:
         output.opened = True
@@ -279,18 +187,18 @@ class CompletionWriter(_Base):
     def _chunk(self, output: Output, text: str, logprobs: TextLogprobs | None, tokens: list[int]) -> bytes:
         choice = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":null' % (
             output.index,
-            _json(text),
-            _json(logprobs),
+            to_json(text),
+            to_json(logprobs),
         )
         if self._options.token_ids:
-            choice += b',"token_ids":' + _json(tokens)
+            choice += b',"token_ids":' + to_json(tokens)
         return self._frame(choice + b"}", output)
 
     def _finish(self, output: Output) -> bytes:
         choice = b'{"index":%d,"text":"","logprobs":null,"finish_reason":"%b","stop_reason":%b}' % (
             output.index,
             (output.finish or "").encode(),
-            _json(stop_reason(output)),
+            to_json(stop_reason(output)),
         )
         return self._frame(choice, output)
 

@@ -138,6 +138,16 @@ class WorkerConfig:
     served_model_name: str = option("", "model name in the API; empty: the model as given")
     api_key: str = option("", "bearer token that requests must carry; empty: none")
     chat_template: str = option("", "Jinja file that replaces the model's chat template")
+    tool_call_parser: str = option(
+        "none",
+        "how the model writes calls of tools; none: they stay text",
+        choices=("none", "hermes", "qwen", "qwen25", "llama3", "llama3_json", "mistral", "pythonic"),
+    )
+    reasoning_parser: str = option(
+        "none",
+        "how the model marks its thoughts; none: they stay text",
+        choices=("none", "deepseek-r1", "qwen3", "qwen3-thinking"),
+    )
     sampling_defaults: str = option(
         "model",
         "what a request gets that says nothing: model (its generation_config.json) or openai (temperature 1, top_p 1)",

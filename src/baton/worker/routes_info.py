@@ -92,8 +92,8 @@ class InfoRoutes:
             "preferred_sampling_params": None,
             "weight_version": "default",
             "load_format": state.engine.load_format,
-            "reasoning_parser": None,
-            "tool_call_parser": None,
+            "reasoning_parser": _named(state.worker.reasoning_parser),
+            "tool_call_parser": _named(state.worker.tool_call_parser),
             "disaggregation_mode": state.disagg.mode,
             "has_image_understanding": False,
             "has_audio_understanding": False,
@@ -279,6 +279,11 @@ class InfoRoutes:
 def _check_ids(tokens: Sequence[int], vocab_size: int) -> None:
     if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
         raise BadRequest(f"token ids must be at least 0 and less than {vocab_size}", param="tokens")
+
+
+def _named(choice: str) -> str | None:
+    """SGLang's clients know null, not "none"."""
+    return None if choice == "none" else choice
 
 
 def _learned(ready: Ready) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from baton import __version__
 from baton.api.chat import ChatTemplate
 from baton.api.job import ModelContext
+from baton.api.reasoning import REASONING_FORMATS
 from baton.api.sampling import Defaults
 from baton.api.text import TextCodec
+from baton.api.tool_calls import TOOL_FORMATS
 from baton.base.clock import Clock
 from baton.base.config import DisaggConfig, EngineConfig, WorkerConfig
 from baton.base.errors import Unavailable
@@ -75,6 +77,8 @@ class FrontState:
             vocab_size=ready.vocab_size,
             longest=min(ready.max_model_len, ready.num_pages * ready.page_size),
             defaults=self.defaults,
+            tools=TOOL_FORMATS.get(self.worker.tool_call_parser),
+            reasoning=REASONING_FORMATS.get(self.worker.reasoning_parser),
             bootstrap_host=self.disagg.bootstrap_host,
             bootstrap_port=ready.bootstrap_port or self.disagg.bootstrap_port,
             fingerprint=f"baton-{__version__}-{ready.weight_dtype}",
