@@ -13,7 +13,7 @@ import pytest
 from baton.base.clock import ManualClock
 from baton.base.errors import BadRequest, ConfigError
 from baton.base.messages import Abort, Codec, CodecError, Generate
-from baton.disagg.wire import DECODE_HEARS, Accepted, Refused
+from baton.disagg.wire import DECODE_HEARS, PROTOCOL, Accepted, Refused
 from baton.transports.base import Capabilities, Grant, Peer, Transport, Write, WriteState
 from baton.transports.kernels import Pieces
 from baton.transports.loopback import LoopbackTransport, Network
@@ -537,16 +537,16 @@ def test_strangers_at_the_door(make_pair: MakePair, noise: bytes) -> None:
 
 def test_another_version_gets_a_clear_answer(make_pair: MakePair) -> None:
     pair = make_pair()
-    future = Codec(Accepted, version=2).encode(Accepted(1, 1))
+    future = Codec(Accepted, version=PROTOCOL + 1).encode(Accepted(1, 1))
     with socket.create_connection(("127.0.0.1", pair.prefill.role.bootstrap_port)) as stranger:
         stranger.sendall(len(future).to_bytes(4, "little") + future)
         stranger.settimeout(5)
         answer = stranger.makefile("rb").read()
     refused = DECODE_HEARS.decode(answer[4:])
     assert isinstance(refused, Refused)
-    assert "version b'\\x02'" in refused.message
+    assert f"version {bytes([PROTOCOL + 1])!r}" in refused.message
     with pytest.raises(CodecError, match="version"):
-        Codec(Refused, version=2).decode(answer[4:])
+        Codec(Refused, version=PROTOCOL + 1).decode(answer[4:])
 
 
 def test_many_strangers(make_pair: MakePair) -> None:

@@ -76,6 +76,21 @@ def test_patience() -> None:
     assert handoff.deadline(patience) == float("inf")
 
 
+def test_a_queue_at_d_is_no_reason_to_give_up() -> None:
+    """Patience is measured by what D says, not from the beginning; after the offer it begins anew."""
+    patience = Patience(meet=30, move=8, drain=10)
+    assert patience.beat == 2
+    handoff = Handoff(1, since=100.0)
+    handoff.apply(Event.QUEUED, 101)
+    assert handoff.deadline(patience) == 109
+    handoff.seen = 500.0
+    assert handoff.deadline(patience) == 508
+    handoff.apply(Event.OFFERED, 507)
+    assert handoff.deadline(patience) == 537
+    with pytest.raises(OutOfTurn):
+        handoff.apply(Event.QUEUED, 508)
+
+
 def test_the_docs_show_this_very_table() -> None:
     page = Path(__file__).parents[2] / "docs" / "disagg.md"
     assert diagram() in page.read_text()

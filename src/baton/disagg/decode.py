@@ -2,12 +2,14 @@
 
 The life of a request here (without a ticket it is simply served whole, prompt and all):
 
-1. **Waiting** (`submit`): the route to its P is made if there is none. It waits for the route, for pages, and for a
-   place: what is under way and what runs together never exceed max-running-requests.
-2. **Offered** (`poll`): pages for the whole prompt are reserved, a known prefix shared; P gets the rest to fill.
+1. **Waiting** (`submit`): the route to its P is made if there is none.
+2. **Queued**: the route stands, pages or places are short (what is under way and what runs together never exceed
+   max-running-requests). P hears of it again and again, and waits as long as the request may. Who comes to a full
+   queue is refused.
+3. **Offered** (`poll`): pages for the whole prompt are reserved, a known prefix shared; P gets the rest to fill.
    When P says that it has the request too, patience is measured by P's signs of life.
-3. **Moving**: pages land while P computes the next ones; each is checked as it comes.
-4. **Delivered**: the manifest agrees with what came. The first token is told to the front as our own, and unless it
+4. **Moving**: pages land while P computes the next ones; each is checked as it comes.
+5. **Delivered**: the manifest agrees with what came. The first token is told to the front as our own, and unless it
    was the last one the sequence joins the running ones: it decodes in this very step.
 
 Lost at any stage: the front hears at once. Pages that P may still write to are kept out of everybody's hands until
@@ -50,6 +52,8 @@ class Incoming:
     handoff: Handoff
     key: Key
     route: Route
+    told: float = 0.0
+    """Queued: when P last heard of it."""
     offer: Offer | None = None
     landed: int = 0
     """Pages that were here when we last looked."""
@@ -71,7 +75,7 @@ class Decode:
         self.transports = transports
         self.bootstrap_port = 0
         self._config = config
-        self._patience = Patience(config.meet_timeout, config.move_timeout, config.drain_timeout)
+        self._patience = Patience.of(config)
         self._scheduler = scheduler
         self._committer = committer
         self._receiver = receiver
@@ -79,11 +83,11 @@ class Decode:
         self._clock = clock
         self._epochs = itertools.count(random.getrandbits(48) + 1)
         self._by_id: dict[str, Incoming] = {}
-        """All that are neither done nor lost; `_by_key` the same by room."""
+        """All that are neither done nor lost; the same by room and by epoch."""
         self._by_key: dict[Key, Incoming] = {}
+        self._by_epoch: dict[int, Incoming] = {}
         self._waiting: deque[Incoming] = deque()
-        self._offered: dict[int, Incoming] = {}
-        """By epoch: pages reserved, P knows them."""
+        """Of these, what is not offered yet."""
         self._draining: dict[int, Incoming] = {}
         """By epoch: lost, but the pages are not ours again."""
         self._arrived: deque[Sequence] = deque()
@@ -104,8 +108,9 @@ class Decode:
         if len(self._waiting) >= self._scheduler.max_waiting:
             raise Overloaded(f"{len(self._waiting)} requests wait for pages already (max-queued-requests)")
         route = self._receiver.reach(ticket.host, ticket.port)
-        incoming = Incoming(sequence, Handoff(ticket.room, self._clock.now()), key, route)
-        self._by_id[sequence.id] = self._by_key[key] = incoming
+        handoff = Handoff(ticket.room, self._clock.now(), next(self._epochs))
+        incoming = Incoming(sequence, handoff, key, route)
+        self._by_id[sequence.id] = self._by_key[key] = self._by_epoch[handoff.epoch] = incoming
         self._waiting.append(incoming)
 
     def poll(self) -> list[ToFront]:
@@ -118,6 +123,8 @@ class Decode:
         for incoming in list(self._draining.values()):
             self._drain(incoming, now)
         self._offer_waiting()
+        for incoming in self._waiting:
+            self._ask_for_patience(incoming, now)
         self._adopt_arrived()
         return messages
 
@@ -152,6 +159,7 @@ class Decode:
     def next_deadline(self) -> float | None:
         deadlines = [i.handoff.deadline(self._patience) for i in (*self._by_id.values(), *self._draining.values())]
         deadlines += [i.sequence.deadline for i in self._by_id.values() if i.sequence.deadline is not None]
+        deadlines += [i.told + self._patience.beat for i in self._waiting if i.handoff.state is State.QUEUED]
         return min(deadlines, default=None)
 
     def close(self) -> None:
@@ -171,7 +179,7 @@ class Decode:
             case Delivered(manifest=manifest):
                 return self._deliver(manifest)
             case Wrong(epoch=epoch, reason=reason):
-                incoming = self._offered.get(epoch)
+                incoming = self._by_epoch.get(epoch)
                 return self._fail(incoming, HandoffLost(reason)) if incoming else []
             case Said(route=route, message=message):
                 return self._told(route, message)
@@ -179,11 +187,11 @@ class Decode:
     def _told(self, route: Route, message: object) -> list[ToFront]:
         match message:
             case Met(epoch=epoch) | Progress(epoch=epoch):
-                incoming = self._offered.get(epoch)
+                incoming = self._by_epoch.get(epoch)
                 if incoming is not None and incoming.route is route:
                     incoming.handoff.met, incoming.handoff.seen = True, self._clock.now()
             case Lost(epoch=epoch, failure=failure, settled=settled):
-                incoming = self._offered.get(epoch)
+                incoming = self._by_epoch.get(epoch)
                 messages = []
                 if incoming is not None and incoming.route is route:
                     messages = self._lose(incoming, Event.BROKEN, failure.error(), tell=False)
@@ -195,7 +203,7 @@ class Decode:
         return []
 
     def _started(self, epoch: int) -> list[ToFront]:
-        incoming = self._offered.get(epoch)
+        incoming = self._by_epoch.get(epoch)
         if incoming is not None:
             incoming.started = self._clock.now()
             incoming.handoff.apply(Event.STARTED, incoming.started)
@@ -203,7 +211,7 @@ class Decode:
 
     def _deliver(self, manifest: Manifest) -> list[ToFront]:
         """Everything is here and right: the sequence goes on as if it had been computed here."""
-        incoming = self._offered.get(manifest.epoch)
+        incoming = self._by_epoch.get(manifest.epoch)
         if incoming is None:
             return []
         sequence, offer, now = incoming.sequence, incoming.offer, self._clock.now()
@@ -237,7 +245,7 @@ class Decode:
 
     def _room_for(self, sequence: Sequence) -> bool:
         """Never more than can run; nothing new while a preempted one waits, and a page to grow for each that runs."""
-        scheduler, offered = self._scheduler, len(self._offered) + len(self._arrived)
+        scheduler, offered = self._scheduler, len(self._by_id) - len(self._waiting) + len(self._arrived)
         if offered >= self._config.max_handoffs or offered + len(scheduler.running) >= scheduler.max_running:
             return False
         if any(waiting.retractions for waiting in scheduler.waiting):
@@ -246,7 +254,6 @@ class Decode:
 
     def _offer(self, incoming: Incoming) -> None:
         sequence, handoff, size = incoming.sequence, incoming.handoff, self._layout.page_size
-        handoff.epoch = next(self._epochs)
         pages = sequence.pages[sequence.cached_len // size :]
         incoming.offer = Offer(
             handoff.room,
@@ -259,9 +266,17 @@ class Decode:
         )
         handoff.apply(Event.OFFERED, self._clock.now())
         sequence.stamps.offered = self._clock.now()
-        self._offered[handoff.epoch] = incoming
         page_bytes = self._layout.page_bytes
         incoming.route.offer(incoming.offer, [(page * page_bytes, page_bytes) for page in pages])
+
+    def _ask_for_patience(self, incoming: Incoming, now: float) -> None:
+        """P may have computed the prompt, and wait: it hears that we are here, and only short of pages."""
+        handoff = incoming.handoff
+        if incoming.route.up and (handoff.state is State.WAITING or now - incoming.told >= self._patience.beat):
+            if handoff.state is State.WAITING:
+                handoff.apply(Event.QUEUED, now)
+            incoming.told = now
+            incoming.route.queue(handoff.room, handoff.epoch)
 
     def _adopt_arrived(self) -> None:
         while self._arrived and len(self._scheduler.running) < self._scheduler.max_running:
@@ -271,6 +286,8 @@ class Decode:
         handoff, sequence = incoming.handoff, incoming.sequence
         if sequence.deadline is not None and sequence.deadline <= now:
             return self._lose(incoming, Event.EXPIRED, TimedOut("the request's deadline passed"))
+        if handoff.state is State.QUEUED:
+            handoff.seen = now  # ours to find pages: P has nothing to answer for
         landed = incoming.route.landed(handoff.epoch)
         if landed != incoming.landed:
             incoming.landed, handoff.seen = landed, now
@@ -280,8 +297,6 @@ class Decode:
 
     def _complaint(self, incoming: Incoming) -> str:
         handoff, name = incoming.handoff, incoming.route.name
-        if handoff.state is State.WAITING and incoming.route.up:
-            return f"no pages for this prompt came free within {self._patience.meet:g} s (meet-timeout)"
         if handoff.state is State.WAITING:
             return f"the prefill worker at {name} did not answer within {self._patience.meet:g} s (meet-timeout)"
         if not handoff.met:
@@ -303,7 +318,7 @@ class Decode:
             self._draining[handoff.epoch] = incoming
             if incoming.route.refuse(offer, error.message, tell):
                 self._settle(incoming.route, handoff.epoch)
-        elif incoming.route.up:
+        elif tell and incoming.route.up:
             incoming.route.call_off(handoff.room, error.message)
         return [Failed.of(incoming.sequence.id, error)]
 
@@ -325,6 +340,6 @@ class Decode:
     def _remove(self, incoming: Incoming) -> None:
         del self._by_id[incoming.sequence.id]
         del self._by_key[incoming.key]
-        self._offered.pop(incoming.handoff.epoch, None)
+        del self._by_epoch[incoming.handoff.epoch]
         if incoming in self._waiting:
             self._waiting.remove(incoming)

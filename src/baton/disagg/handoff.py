@@ -2,7 +2,8 @@
 
 Both sides keep a `Handoff` of their own; the words mean the same on either:
 
-    WAITING    nothing is offered yet: nobody can write anything
+    WAITING    one side has the request and knows nothing of the other: nobody can write anything
+    QUEUED     D has it too, and waits for pages of its own: as long as that takes, while it says so
     READY      D's pages are reserved and P knows them: from here on bytes may come
     MOVING     bytes have come
     DONE       D has checked the manifest and every page
@@ -17,9 +18,12 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from baton.base.config import DisaggConfig
+
 
 class State(enum.Enum):
     WAITING = "waiting"
+    QUEUED = "queued"
     READY = "ready"
     MOVING = "moving"
     DONE = "done"
@@ -32,6 +36,8 @@ class State(enum.Enum):
 
 
 class Event(enum.Enum):
+    QUEUED = "queued"
+    """D: the way to P stands, pages are short. P: D says so."""
     OFFERED = "offered"
     """D: pages reserved and offered. P: the offer arrived."""
     STARTED = "started"
@@ -51,7 +57,12 @@ class Event(enum.Enum):
 _LOSSES = (Event.CANCELLED, Event.EXPIRED, Event.BROKEN)
 
 TABLE: dict[State, dict[Event, State]] = {
-    State.WAITING: {Event.OFFERED: State.READY, **dict.fromkeys(_LOSSES, State.LOST)},
+    State.WAITING: {
+        Event.QUEUED: State.QUEUED,
+        Event.OFFERED: State.READY,
+        **dict.fromkeys(_LOSSES, State.LOST),
+    },
+    State.QUEUED: {Event.OFFERED: State.READY, **dict.fromkeys(_LOSSES, State.LOST)},
     State.READY: {Event.STARTED: State.MOVING, **dict.fromkeys(_LOSSES, State.DRAINING)},
     State.MOVING: {Event.DELIVERED: State.DONE, **dict.fromkeys(_LOSSES, State.DRAINING)},
     State.DRAINING: {Event.SETTLED: State.LOST, **dict.fromkeys(_LOSSES, State.DRAINING)},
@@ -71,6 +82,15 @@ class Patience:
     meet: float
     move: float
     drain: float
+
+    @classmethod
+    def of(cls, config: DisaggConfig) -> Patience:
+        return cls(config.meet_timeout, config.move_timeout, config.drain_timeout)
+
+    @property
+    def beat(self) -> float:
+        """How often one gives a sign of life, so that the other hears several within either patience."""
+        return min(self.meet, self.move) / 4
 
 
 @dataclass(slots=True, eq=False)
@@ -103,7 +123,7 @@ class Handoff:
                 return self.since + patience.meet
             case State.READY:
                 return self.seen + (patience.move if self.met else patience.meet)
-            case State.MOVING:
+            case State.QUEUED | State.MOVING:
                 return self.seen + patience.move
             case State.DRAINING:
                 return self.since + patience.drain

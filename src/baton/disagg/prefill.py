@@ -2,14 +2,18 @@
 
 The life of a request here:
 
-1. **Queued** (`submit`): a ticket names its room; the scheduler queues it like any other. D's offer for the room may
-   have come before, or comes while the prompt waits, is computed, or is finished: nothing waits for it until 4.
+1. **Waiting** (`submit`): a ticket names its room; the scheduler queues it like any other. D's offer for the room may
+   have come before, or comes while the prompt waits, is computed, or is finished: nothing waits for it until 4. A D
+   that is short of pages says so, again and again, and is waited for as long as it does.
 2. **Met** (the offer): D has reserved pages and says which tokens it has already. The offer must fit the prompt.
 3. **Computed and pushed** (`commit`, chunk by chunk): full pages go to the mover at once, which writes them to D
    while the next chunk is computed. Each push holds its pages until the mover has let go of them, so that neither
    preemption nor an abort can hand them to somebody else meanwhile.
 4. **Sampled**: the first token is drawn. With an offer, the tail and the manifest follow and the sequence leaves the
-   engine; without one it is parked, its pages with it, until the offer comes or patience ends.
+   engine; without one it is parked, its pages with it, until the offer comes or patience ends. If those pages are
+   needed for a prompt that D has reserved pages for, they go (`_make_room`), and it is computed again when it is due:
+   else P, full of prompts that D has no pages for, and D, full of pages for prompts that P has none for, would wait
+   for each other.
 5. **Delivered** (D accepts): the front gets the receipt, one token with finish `length`.
 
 Lost at any stage: D is told at once, the front gets the error, and `Settled` follows when nothing moves any more.
@@ -18,74 +22,24 @@ An offer for a room that has failed already is answered with that failure.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
 from baton.base.clock import Clock
 from baton.base.config import DisaggConfig
 from baton.base.errors import BadRequest, BatonError, HandoffLost, Overloaded, TimedOut
 from baton.base.layout import KVLayout
-from baton.base.messages import Failed, Finish, ToFront, TokenLogprob, Tokens
+from baton.base.messages import Failed, ToFront, Tokens
 from baton.disagg.bootstrap import Link
 from baton.disagg.handoff import Event, Handoff, Patience, State
+from baton.disagg.lobby import Lobby
+from baton.disagg.outgoing import Outgoing
 from baton.disagg.sender import Broken, Gone, Heard, Passed, Sender, Stream
 from baton.disagg.terms import unacceptable
-from baton.disagg.wire import NO_EPOCH, Accepted, Cancel, Lost, Manifest, Met, Offer, Progress, Settled
+from baton.disagg.wire import NO_EPOCH, Accepted, Cancel, Lost, Met, Offer, Progress, Queued, Settled
 from baton.engine.roles import Committer
-from baton.engine.scheduler import Scheduler
+from baton.engine.scheduler import Scheduler, rank
 from baton.engine.sequence import Sequence
 from baton.engine.sockets import HandoffLoad, Sampled, Slice
-
-REMEMBERED = 4096
-"""Failed rooms, and offers that came before their request: at most so many of each are kept."""
-
-
-@dataclass(slots=True, eq=False)
-class Outgoing:
-    """One prompt on its way out."""
-
-    sequence: Sequence
-    handoff: Handoff
-    link: Link | None = None
-    offer: Offer | None = None
-    stream: Stream | None = None
-    pushed: int = 0
-    """How many of the prompt's pages the mover has been given (D's own prefix counts)."""
-    flying: int = 0
-    """Pages held by pushes that have not passed."""
-    first: Sampled | None = None
-    """The prompt is computed, and this is how the answer begins."""
-    finished: bool = False
-    """The manifest is on its way after the pages."""
-    told: float = 0.0
-    """When D last heard of us."""
-
-
-@dataclass(frozen=True, slots=True)
-class Early:
-    """An offer whose request has not come yet."""
-
-    link: Link
-    offer: Offer
-    until: float
-
-
-@dataclass(slots=True)
-class Memory:
-    """Of rooms that have failed, so that a late offer hears why."""
-
-    rooms: OrderedDict[int, tuple[BatonError, float]] = field(default_factory=OrderedDict)
-
-    def keep(self, room: int, error: BatonError, until: float) -> None:
-        self.rooms[room] = (error, until)
-        self.rooms.move_to_end(room)
-        if len(self.rooms) > REMEMBERED:
-            self.rooms.popitem(last=False)
-
-    def forget(self, now: float) -> None:
-        while self.rooms and next(iter(self.rooms.values()))[1] < now:
-            self.rooms.popitem(last=False)
 
 
 class Prefill:
@@ -102,8 +56,7 @@ class Prefill:
         self.transports = transports
         self.bootstrap_port = sender.port
         self._config = config
-        self._patience = Patience(config.meet_timeout, config.move_timeout, config.drain_timeout)
-        self._beat = config.move_timeout / 4
+        self._patience = Patience.of(config)
         self._scheduler = scheduler
         self._committer = committer
         self._sender = sender
@@ -114,8 +67,7 @@ class Prefill:
         self._by_id: dict[str, Outgoing] = {}
         self._draining: list[Outgoing] = []
         self._streams: dict[Stream, Outgoing] = {}
-        self._early: OrderedDict[int, Early] = OrderedDict()
-        self._failed = Memory()
+        self._lobby = Lobby(config.meet_timeout)
         self._unsaid: list[ToFront] = []
         """What `submit` has for the front; `poll` says it."""
         self._load = HandoffLoad()
@@ -137,8 +89,7 @@ class Prefill:
         now = self._clock.now()
         outgoing = Outgoing(sequence, Handoff(ticket.room, now))
         self._rooms[ticket.room] = self._by_id[sequence.id] = outgoing
-        self._failed.rooms.pop(ticket.room, None)
-        early = self._early.pop(ticket.room, None)
+        early = self._lobby.call(ticket.room)
         if early is not None:
             self._unsaid += self._meet(outgoing, early.link, early.offer)
 
@@ -151,7 +102,11 @@ class Prefill:
             messages += self._look_after(outgoing, now)
         for outgoing in [o for o in self._draining if o.handoff.deadline(self._patience) <= now]:
             self._give_up_on(outgoing, now)
-        self._forget(now)
+        for early in self._lobby.expire(now):
+            self._say_lost(
+                early.link, early.offer, TimedOut("the request never came to the prefill worker"), settled=True
+            )
+        self._make_room()
         return messages
 
     def commit(self, batch: Seq[Slice], results: Seq[Sampled]) -> list[ToFront]:
@@ -179,7 +134,9 @@ class Prefill:
     def next_deadline(self) -> float | None:
         deadlines = [o.handoff.deadline(self._patience) for o in (*self._rooms.values(), *self._draining)]
         deadlines += [o.sequence.deadline for o in self._rooms.values() if o.sequence.deadline is not None]
-        deadlines += [o.told + self._beat for o in self._rooms.values() if o.link is not None]
+        deadlines += [o.told + self._patience.beat for o in self._rooms.values() if o.offer is not None]
+        if self._stuck():
+            deadlines.append(self._clock.now())
         return min(deadlines, default=None)
 
     def close(self) -> None:
@@ -199,6 +156,9 @@ class Prefill:
                 return self._fail(self._streams[stream], HandoffLost(f"pages could not be written: {reason}"))
             case Gone(link=link, reason=reason):
                 return self._bereft(link, reason)
+            case Heard(link=link, message=Queued() as queued):
+                self._queued(link, queued)
+                return []
             case Heard(link=link, message=Offer() as offer):
                 return self._offered(link, offer)
             case Heard(link=link, message=Accepted(room=room, epoch=epoch)):
@@ -207,20 +167,31 @@ class Prefill:
                 return self._cancelled(link, room, epoch, why)
         return []
 
+    def _queued(self, link: Link, queued: Queued) -> None:
+        """D has the request, and waits for pages of its own. If we do not have it yet, D will say so again."""
+        outgoing, failed = self._rooms.get(queued.room), self._lobby.failure(queued.room)
+        if outgoing is None:
+            if failed is not None:
+                self._say_lost(link, queued, failed, settled=True)
+        elif outgoing.link is None or (outgoing.link is link and outgoing.handoff.epoch == queued.epoch):
+            outgoing.link, outgoing.handoff.epoch = link, queued.epoch
+            if outgoing.handoff.state is State.WAITING:
+                outgoing.handoff.apply(Event.QUEUED, self._clock.now())
+            outgoing.handoff.seen = self._clock.now()
+        elif outgoing.link is not link:
+            self._say_taken(link, queued)
+
     def _offered(self, link: Link, offer: Offer) -> list[ToFront]:
-        outgoing, failed = self._rooms.get(offer.room), self._failed.rooms.get(offer.room)
+        outgoing, failed = self._rooms.get(offer.room), self._lobby.failure(offer.room)
         if outgoing is not None:
-            if outgoing.offer is None:
+            if outgoing.offer is None and outgoing.link in (None, link):
                 return self._meet(outgoing, link, offer)
-            self._say_lost(link, offer, HandoffLost(f"room {offer.room} is taken by another decode worker"), True)
+            self._say_taken(link, offer)
         elif failed is not None:
-            self._say_lost(link, offer, failed[0], True)
-        elif offer.room in self._early or len(self._early) >= REMEMBERED:
-            self._say_lost(
-                link, offer, Overloaded("too many offers wait for their requests, or for this very one"), True
-            )
-        else:
-            self._early[offer.room] = Early(link, offer, self._clock.now() + self._patience.meet)
+            self._say_lost(link, offer, failed, settled=True)
+        elif not self._lobby.wait(link, offer, self._clock.now()):
+            error = Overloaded("too many offers wait for their requests, or for this very one")
+            self._say_lost(link, offer, error, settled=True)
         return []
 
     def _meet(self, outgoing: Outgoing, link: Link, offer: Offer) -> list[ToFront]:
@@ -230,8 +201,8 @@ class Prefill:
         stream = None if why else self._sender.stream(link, offer)
         if stream is None:
             error = HandoffLost(why or "the decode worker is gone")
-            self._say_lost(link, offer, error, True)
-            return self._fail(outgoing, error)
+            self._say_lost(link, offer, error, settled=True)
+            return self._lose(outgoing, Event.BROKEN, error, tell=False)
         outgoing.link, outgoing.offer, outgoing.stream, outgoing.told = link, offer, stream, now
         self._streams[stream] = outgoing
         outgoing.pushed = offer.prefix_len // self._layout.page_size
@@ -239,6 +210,9 @@ class Prefill:
         outgoing.handoff.apply(Event.OFFERED, now)
         sequence.stamps.offered = now
         link.send(Met(offer.room, offer.epoch))
+        if outgoing.shelved:
+            outgoing.shelved = False
+            self._scheduler.resume(sequence)
         self._push(outgoing)
         return []
 
@@ -248,15 +222,15 @@ class Prefill:
             return []  # of an attempt that we gave up on meanwhile
         if outgoing.first is None or not outgoing.finished or outgoing.flying:
             return self._fail(outgoing, HandoffLost("the decode worker accepted what was not all sent"))
-        return [self._deliver(outgoing, outgoing.first)]
+        return [self._deliver(outgoing)]
 
     def _cancelled(self, link: Link, room: int, epoch: int, why: str) -> list[ToFront]:
-        outgoing, early = self._rooms.get(room), self._early.get(room)
-        error = HandoffLost(f"the decode worker gave up: {why}")
+        outgoing, error = self._rooms.get(room), HandoffLost(f"the decode worker gave up: {why}")
         if epoch == NO_EPOCH:
-            return self._lose(outgoing, Event.CANCELLED, error) if outgoing and outgoing.offer is None else []
-        if early is not None and early.link is link and early.offer.epoch == epoch:
-            del self._early[room]
+            if outgoing is None or outgoing.offer is not None or outgoing.link not in (None, link):
+                return []
+            return self._lose(outgoing, Event.CANCELLED, error, tell=False)
+        self._lobby.withdraw(link, room, epoch)
         if outgoing is not None and outgoing.link is link and outgoing.handoff.epoch == epoch:
             return self._lose(outgoing, Event.CANCELLED, error, tell=False)  # `Settled` is the answer
         if not any(o.link is link and o.handoff.epoch == epoch for o in self._draining):
@@ -264,8 +238,7 @@ class Prefill:
         return []
 
     def _bereft(self, link: Link, reason: str) -> list[ToFront]:
-        for room in [room for room, early in self._early.items() if early.link is link]:
-            del self._early[room]
+        self._lobby.desert(link)
         mine = [o for o in self._rooms.values() if o.link is link]
         return [m for o in mine for m in self._fail(o, HandoffLost(f"the decode worker is gone: {reason}"))]
 
@@ -302,27 +275,13 @@ class Prefill:
             outgoing.pushed = end
         if outgoing.first is not None:
             outgoing.finished = True
-            stream.finish(self._manifest(stream.offer, sequence, outgoing.first))
+            stream.finish(outgoing.manifest(stream.offer, self._layout.fingerprint))
             self._committer.leave(sequence)
 
-    def _manifest(self, offer: Offer, sequence: Sequence, first: Sampled) -> Manifest:
-        assert first.token is not None
-        return Manifest(
-            offer.room,
-            offer.epoch,
-            sequence.prompt_len,
-            len(offer.pages),
-            first.token,
-            first.logprob,
-            sequence.sampling.seed,
-            sequence.usage_cached_len,
-            self._layout.fingerprint,
-        )
-
-    def _deliver(self, outgoing: Outgoing, first: Sampled) -> Tokens:
-        """The receipt."""
+    def _deliver(self, outgoing: Outgoing) -> Tokens:
         sequence, now = outgoing.sequence, self._clock.now()
-        assert first.token is not None
+        assert outgoing.first is not None
+        assert outgoing.first.token is not None
         outgoing.handoff.apply(Event.DELIVERED, now)
         self._remove(outgoing)
         self._settle(outgoing)
@@ -330,34 +289,48 @@ class Prefill:
         self._load.bytes += outgoing.stream.bytes if outgoing.stream else 0
         self._load.seconds += now - sequence.stamps.prefilled
         sequence.stamps.delivered = sequence.stamps.finished = now
-        sequence.tokens.append(first.token)
-        logprobs: tuple[TokenLogprob, ...] = (first.logprob,) if first.logprob is not None else ()
-        return Tokens(
-            sequence.id,
-            (first.token,),
-            logprobs,
-            tuple(sequence.prompt_logprobs),
-            sequence.usage_cached_len,
-            Finish("length"),
-            sequence.usage(),
-            sequence.stamps.freeze(),
-        )
+        sequence.tokens.append(outgoing.first.token)
+        return outgoing.receipt()
 
     def _look_after(self, outgoing: Outgoing, now: float) -> list[ToFront]:
         """Signs of life to D, and an end to waiting."""
         sequence, handoff = outgoing.sequence, outgoing.handoff
         if sequence.deadline is not None and sequence.deadline <= now:
             return self._lose(outgoing, Event.EXPIRED, TimedOut("the request's deadline passed"))
-        if outgoing.first is None and outgoing.link is not None:
+        if outgoing.due:
             handoff.seen = now  # ours to compute: D has nothing to answer for
-        if outgoing.link is not None and now - outgoing.told >= self._beat:
+        if outgoing.offer is not None and outgoing.link is not None and now - outgoing.told >= self._patience.beat:
             outgoing.told = now
             outgoing.link.send(Progress(handoff.room, handoff.epoch, sequence.computed_len))
         if handoff.deadline(self._patience) > now:
             return []
-        waited = "come to" if handoff.state is State.WAITING else "accept the pages in"
-        error = TimedOut(f"the decode worker did not {waited} room {handoff.room} in time (meet-timeout, move-timeout)")
-        return self._lose(outgoing, Event.EXPIRED, error)
+        return self._lose(outgoing, Event.EXPIRED, TimedOut(outgoing.complaint(self._patience)))
+
+    def _stuck(self) -> bool:
+        """The next prompt in line has no pages and gets none by itself, prompts that D has reserved pages for wait
+        behind it or are it, and pages are parked that could be had."""
+        head = self._scheduler.head
+        if head is None or self._scheduler.running or self._scheduler.pool.free >= self._pages_for(head):
+            return False
+        rooms = self._rooms.values()
+        if any(o.flying for o in (*rooms, *self._draining)):
+            return False  # these come free, or their D is cut off
+        return any(o.parked for o in rooms) and any(o.due for o in rooms)
+
+    def _make_room(self) -> None:
+        """Parked prompts lose their pages, the last in rank first, until the next in line can be computed."""
+        if not self._stuck():
+            return
+        head = self._scheduler.head
+        assert head is not None
+        parked = sorted((o for o in self._rooms.values() if o.parked), key=lambda o: rank(o.sequence))
+        while parked and self._scheduler.pool.free < self._pages_for(head):
+            outgoing = parked.pop()
+            outgoing.first, outgoing.shelved = None, True
+            self._scheduler.forfeit(outgoing.sequence)
+
+    def _pages_for(self, sequence: Sequence) -> int:
+        return self._layout.pages_for(sequence.total_len)
 
     # --- losing --------------------------------------------------------------------------------------------
 
@@ -374,12 +347,14 @@ class Prefill:
         self._committer.leave(sequence)
         self._load.failed += 1
         if outgoing.stream is None or outgoing.link is None:
-            self._failed.keep(handoff.room, error, self._clock.now() + self._patience.meet)
+            self._lobby.fail(handoff.room, error, self._clock.now())
+            if tell and outgoing.link is not None:
+                outgoing.link.send(Lost(handoff.room, handoff.epoch, Failed.of("", error), True))
         else:
             outgoing.stream.stop = True
             self._draining.append(outgoing)
             if tell:
-                self._say_lost(outgoing.link, outgoing.stream.offer, error, False)
+                self._say_lost(outgoing.link, outgoing.stream.offer, error, settled=False)
             self._settle(outgoing)
         return [Failed.of(sequence.id, error)]
 
@@ -404,22 +379,20 @@ class Prefill:
 
     def _turn_away(self, room: int, error: BatonError) -> None:
         """Refused before it began: D hears of it now, or as soon as it asks."""
-        early = self._early.pop(room, None)
+        early = self._lobby.call(room)
         if early is not None:
-            self._say_lost(early.link, early.offer, error, True)
+            self._say_lost(early.link, early.offer, error, settled=True)
         else:
-            self._failed.keep(room, error, self._clock.now() + self._patience.meet)
+            self._lobby.fail(room, error, self._clock.now())
 
-    def _say_lost(self, link: Link, offer: Offer, error: BatonError, settled: bool) -> None:
-        link.send(Lost(offer.room, offer.epoch, Failed.of("", error), settled))
+    def _say_lost(self, link: Link, about: Offer | Queued, error: BatonError, *, settled: bool) -> None:
+        link.send(Lost(about.room, about.epoch, Failed.of("", error), settled))
+
+    def _say_taken(self, link: Link, about: Offer | Queued) -> None:
+        error = HandoffLost(f"room {about.room} is taken by another decode worker")
+        self._say_lost(link, about, error, settled=True)
 
     def _check_parked(self) -> None:
-        parked = sum(1 for outgoing in self._rooms.values() if outgoing.first is not None)
+        parked = sum(1 for outgoing in self._rooms.values() if outgoing.first is not None or outgoing.shelved)
         if parked >= self._config.max_handoffs:
             raise Overloaded(f"{parked} prompts wait for their decode workers already (max-handoffs)")
-
-    def _forget(self, now: float) -> None:
-        self._failed.forget(now)
-        while self._early and next(iter(self._early.values())).until < now:
-            _, early = self._early.popitem(last=False)
-            self._say_lost(early.link, early.offer, TimedOut("the request never came to the prefill worker"), True)

@@ -28,6 +28,7 @@ from baton.disagg.wire import (
     Landed,
     Manifest,
     Offer,
+    Queued,
     Refused,
     Way,
     Welcome,
@@ -150,6 +151,10 @@ class Route:
         self._connector.start()
 
     # --- the engine's thread -------------------------------------------------------------------------------
+
+    def queue(self, room: int, epoch: int) -> None:
+        """There will be an offer for this room, when we have pages for it."""
+        self._say(Queued(room, epoch))
 
     def offer(self, offer: Offer, ranges: list[tuple[int, int]]) -> None:
         """`ranges`: where in our region the offered pages are. Only when `up`."""

@@ -2,6 +2,7 @@
 
     D ─ Hello ──▶ P                      once per connection: who, which layout, which ways in
     D ◀ Welcome ─ P   or Refused         the way P took
+    D ─ Queued ─▶ P                      D has the request and waits for pages of its own; said again while it does
     D ─ Offer ──▶ P                      room, epoch, pages to be filled
     D ◀ Met ───── P                      P has the request too; Progress while it works on it
     D ◀ Landed ── P   (many)             these pages are written, these are their digests
@@ -11,7 +12,8 @@
     D ◀ Lost ──── P                      P gives up; followed by Settled unless it says so itself
     D ◀ Settled ─ P                      nothing of this attempt will be written any more
 
-An attempt is named by (room, epoch); D draws the epoch, so whatever comes late cannot be taken for something new.
+An attempt is named by (room, epoch); D draws the epoch when its request comes, so that what arrives late cannot be
+taken for something new.
 Frames: four bytes of little-endian length, then the message.
 """
 
@@ -22,7 +24,7 @@ import msgspec
 from baton.base.layout import KVLayout
 from baton.base.messages import Codec, Failed, Message, TokenLogprob
 
-PROTOCOL = 1
+PROTOCOL = 2
 NO_EPOCH = 0
 """In a `Cancel`: the room was never offered, and will not be; there is nothing to settle."""
 HEADER = 4
@@ -61,6 +63,13 @@ class Refused(Message, frozen=True, array_like=True, tag=True):
     """P -> D: we do not fit; the connection ends."""
 
     message: str
+
+
+class Queued(Message, frozen=True, array_like=True, tag=True):
+    """D -> P: not offered yet, but it will be. P need not hurry, and must not give up."""
+
+    room: int
+    epoch: int
 
 
 class Offer(Message, frozen=True, array_like=True, tag=True):
@@ -141,7 +150,7 @@ class Settled(Message, frozen=True, array_like=True, tag=True):
     epoch: int
 
 
-ToPrefill = Hello | Offer | Accepted | Cancel
+ToPrefill = Hello | Queued | Offer | Accepted | Cancel
 ToDecode = Welcome | Refused | Met | Progress | Landed | Manifest | Lost | Settled
 
 PREFILL_HEARS = Codec(ToPrefill, PROTOCOL)

@@ -8,7 +8,8 @@ continues the same answer. So whoever is first in rank moves on at every step, a
     add ──▶ waiting ──(pages)──▶ running ──▶ finished: release
                ▲                    │
                └──── preempt ───────┤
-                                    └──▶ detach: a role owns the pages from here on (hand-off)
+                                    └──▶ detach: a role owns the pages from here on (hand-off);
+                                         forfeit, resume: they were needed, it queues anew
     reserve (pages for a prompt that is computed elsewhere) ──▶ adopt ──▶ running
 
 No I/O, no torch, no time: decisions only.
@@ -115,14 +116,13 @@ class Scheduler:
                 budget -= self._schedule(sequence, budget, batch)
         if self.retractions != before:  # pages are short: what was preempted waits for at least one step
             return [piece for piece in batch if piece.sequence in self.running]
-        while budget > 0 and self.waiting and len(self.running) < self.max_running:
-            sequence = self.waiting[0]
+        while budget > 0 and (head := self.head) is not None and len(self.running) < self.max_running:
             # What was preempted before comes back when all of its tokens fit: part of them would be lost again.
-            if not self._take_pages(sequence, sequence.total_len if sequence.retractions else budget):
+            if not self._take_pages(head, head.total_len if head.retractions else budget):
                 break
-            del self.waiting[0]
-            insort(self.running, sequence, key=rank)
-            budget -= self._schedule(sequence, budget, batch)
+            self.waiting.remove(head)
+            insort(self.running, head, key=rank)
+            budget -= self._schedule(head, budget, batch)
         return batch
 
     def advance(self, piece: Slice) -> None:
@@ -145,6 +145,19 @@ class Scheduler:
         pages, sequence.pages = sequence.pages, []
         self.pool.give_back(pages)
 
+    def forfeit(self, sequence: Sequence) -> None:
+        """The sequence loses its pages, and what was computed in them. Its tokens stay: `resume`, or whoever
+        preempted it, has them computed again."""
+        self.release(sequence)
+        sequence.computed_len = sequence.cached_len = sequence.published = 0
+        sequence.prompt_logprobs.clear()  # they are computed again, or were told with the first token
+        sequence.retractions += 1
+        self.retractions += 1
+
+    def resume(self, sequence: Sequence) -> None:
+        """Detached, and then forfeited: it queues anew, at its old rank."""
+        insort(self.waiting, sequence, key=rank)
+
     def remove(self, sequence: Sequence) -> None:
         """Finished or aborted: out of the scheduler, pages back."""
         self.detach(sequence)
@@ -153,6 +166,11 @@ class Scheduler:
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
         yield from self.waiting
+
+    @property
+    def head(self) -> Sequence | None:
+        """The next to be admitted."""
+        return self.waiting[0] if self.waiting else None
 
     @property
     def waiting_tokens(self) -> int:
@@ -206,11 +224,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self.release(sequence)
-        sequence.computed_len = sequence.cached_len = sequence.published = 0
-        sequence.prompt_logprobs.clear()  # they are computed again, or were told with the first token
-        sequence.retractions += 1
-        self.retractions += 1
+        self.forfeit(sequence)
         insort(self.waiting, sequence, key=rank)
 
     def _match(self, sequence: Sequence) -> list[int]:
