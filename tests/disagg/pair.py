@@ -124,7 +124,8 @@ class Worker:
         return last
 
     def idle_and_whole(self) -> bool:
-        return self.role.handoffs.open == 0 and self.pool.free == self.pool.total
+        load = self.role.handoffs
+        return load.open == load.waiting == 0 and self.pool.free == self.pool.total
 
     def close(self) -> None:
         self.engine.close()

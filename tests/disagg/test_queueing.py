@@ -181,6 +181,31 @@ def test_a_room_belongs_to_the_first_d(make_pair: MakePair, queues: bool) -> Non
     other.pair.pump(other.pair.decode.idle_and_whole, other.pair.decode, short.pair.prefill)
 
 
+def test_what_waits_for_pages_is_waiting(make_pair: MakePair) -> None:
+    """In `Load`, and so in /v1/loads and the metrics; not as a hand-off before it is one."""
+    short = Short(make_pair, max_waiting=2)
+    engine = short.pair.decode.engine
+
+    def now() -> tuple[int, int, int, int]:
+        load = engine.load()
+        return load.waiting, load.waiting_tokens, load.handoffs_waiting, load.handoffs
+
+    for room in (1, 2):
+        short.pair.decode.send(short.pair.request(f"r{room}", prompt(40, room), room))
+    assert now() == (2, 80, 2, 0)
+    whole = short.pair.request("whole", prompt(20), 0, ticket=False)
+    short.pair.decode.send(whole)
+    assert now() == (3, 100, 2, 0)
+    short.pair.decode.send(short.pair.request("one too many", prompt(40, 3), 3))
+    assert short.pair.decode.failure("one too many").status == 503
+    short.pair.decode.send(Abort("r2"))
+    assert now() == (2, 60, 1, 0)
+    short.relieve()
+    short.pair.pump(lambda: now() == (0, 0, 0, 1), short.pair.decode)
+    short.pair.decode.send(Abort("r1"))
+    short.pair.settle()
+
+
 # --- P full and D full --------------------------------------------------------------------------------------------
 
 

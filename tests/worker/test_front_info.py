@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from baton.api.sampling import NO_DEFAULTS
 from baton.base.config import DisaggConfig, EngineConfig, WorkerConfig
 from baton.base.errors import ConfigError
+from baton.engine.roles import Unified
+from baton.engine.sockets import HandoffLoad
 from baton.worker.front import Front, new_event_loop
 
 from .rig import MODEL, Rig, in_flight, wait_for
@@ -78,6 +81,21 @@ def test_loads(rig: Rig) -> None:
     assert load["pages"]["total"] == 512
     assert load["disaggregation"]["mode"] == "null"
     assert get(rig, "/get_load").json()[0]["num_tokens"] == 0
+
+
+def test_requests_that_wait_for_pages_on_d_are_waiting(rig: Rig) -> None:
+    assert rig.engine is not None
+    role = rig.engine.engine.role
+    assert isinstance(role, Unified)
+    role.handoffs = HandoffLoad(open=1, waiting=3, waiting_tokens=120)
+    load = get(rig, "/v1/loads").json()["loads"][0]
+    assert (load["num_waiting_reqs"], load["num_waiting_uncached_tokens"], load["num_running_reqs"]) == (3, 120, 0)
+    assert load["disaggregation"]["decode_prealloc_queue_reqs"] == 3
+    assert get(rig, "/get_load").json()[0]["num_waiting_reqs"] == 3
+    text = get(rig, "/metrics").text
+    for name, value in (("num_requests_waiting", 3), ("num_tokens_waiting", 120), ("num_handoffs_open", 1)):
+        assert re.search(rf"^baton_{name}\{{.*\}} {value}\.0$", text, re.MULTILINE)
+    role.handoffs = HandoffLoad()
 
 
 def test_health_is_cheap(rig: Rig) -> None:

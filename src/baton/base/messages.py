@@ -215,7 +215,9 @@ class Load(Message, frozen=True, array_like=True, tag=True):
     id: str = ""
     running: int = 0
     waiting: int = 0
+    """For pages or a place, `handoffs_waiting` included."""
     waiting_tokens: int = 0
+    """Of prompts that have no KV here yet."""
     handoffs: int = 0
     """Sequences between prefill and decode: waiting for the peer, or moving."""
     free_pages: int = 0
@@ -235,6 +237,8 @@ class Load(Message, frozen=True, array_like=True, tag=True):
     handoffs_failed: int = 0
     handoff_bytes: int = 0
     handoff_seconds: float = 0.0
+    handoffs_waiting: int = 0
+    """Now, on D: requests that pages for their prompts, computed elsewhere, are not reserved for yet."""
 
 
 ToEngine = Generate | Abort | Flush | Probe

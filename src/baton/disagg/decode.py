@@ -152,7 +152,9 @@ class Decode:
 
     @property
     def handoffs(self) -> HandoffLoad:
-        self._load.open = len(self._by_id) + len(self._draining) + len(self._arrived)
+        self._load.waiting = len(self._waiting)
+        self._load.waiting_tokens = sum(incoming.sequence.prompt_len for incoming in self._waiting)
+        self._load.open = self._under_way + len(self._draining)
         self._load.quarantined_pages = sum(len(incoming.sequence.pages) for incoming in self._draining.values())
         return self._load
 
@@ -232,6 +234,11 @@ class Decode:
             self._arrived.append(sequence)
         return [tokens]
 
+    @property
+    def _under_way(self) -> int:
+        """Offered, and not running yet."""
+        return len(self._by_id) - len(self._waiting) + len(self._arrived)
+
     # --- progress ------------------------------------------------------------------------------------------
 
     def _offer_waiting(self) -> None:
@@ -245,8 +252,8 @@ class Decode:
 
     def _room_for(self, sequence: Sequence) -> bool:
         """Never more than can run; nothing new while a preempted one waits, and a page to grow for each that runs."""
-        scheduler, offered = self._scheduler, len(self._by_id) - len(self._waiting) + len(self._arrived)
-        if offered >= self._config.max_handoffs or offered + len(scheduler.running) >= scheduler.max_running:
+        scheduler, under_way = self._scheduler, self._under_way
+        if under_way >= self._config.max_handoffs or under_way + len(scheduler.running) >= scheduler.max_running:
             return False
         if any(waiting.retractions for waiting in scheduler.waiting):
             return False

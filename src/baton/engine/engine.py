@@ -84,8 +84,8 @@ class Engine:
         return Load(
             id,
             len(scheduler.running),
-            len(scheduler.waiting),
-            scheduler.waiting_tokens,
+            len(scheduler.waiting) + handoffs.waiting,
+            scheduler.waiting_tokens + handoffs.waiting_tokens,
             handoffs.open,
             pool.free,
             pool.cached,
@@ -101,6 +101,7 @@ class Engine:
             handoffs.failed,
             handoffs.bytes,
             handoffs.seconds,
+            handoffs.waiting,
         )
 
     def close(self) -> None:

@@ -86,6 +86,11 @@ class HandoffLoad:
     """Counts for `Load`."""
 
     open: int = 0
+    """Between prefill and decode."""
+    waiting: int = 0
+    """Not begun: prompts that are computed elsewhere and have no pages here."""
+    waiting_tokens: int = 0
+    """Of these prompts."""
     quarantined_pages: int = 0
     done: int = 0
     failed: int = 0

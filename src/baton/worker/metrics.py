@@ -29,8 +29,8 @@ STAGES = {
 """A stage is the time between two marks; on P and D other marks exist, so each role has its own stages."""
 GAUGES: dict[str, tuple[str, Callable[[Load], float]]] = {
     "num_requests_running": ("sequences in the running batch", lambda load: load.running),
-    "num_requests_waiting": ("sequences in the engine's queue", lambda load: load.waiting),
-    "num_tokens_waiting": ("prompt tokens not computed yet", lambda load: load.waiting_tokens),
+    "num_requests_waiting": ("sequences that wait for pages or a place", lambda load: load.waiting),
+    "num_tokens_waiting": ("tokens of prompts that have no KV here yet", lambda load: load.waiting_tokens),
     "num_handoffs_open": ("sequences between prefill and decode", lambda load: load.handoffs),
     "kv_usage_ratio": ("share of the KV pages in use", lambda load: 1 - load.free_pages / max(load.total_pages, 1)),
 }

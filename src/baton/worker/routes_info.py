@@ -205,7 +205,7 @@ class InfoRoutes:
                 "mode": mode,
                 "prefill_bootstrap_queue_reqs": 0,
                 "prefill_inflight_queue_reqs": load.handoffs if mode == "prefill" else 0,
-                "decode_prealloc_queue_reqs": 0,
+                "decode_prealloc_queue_reqs": load.handoffs_waiting,
                 "decode_transfer_queue_reqs": load.handoffs if mode == "decode" else 0,
                 "decode_retracted_queue_reqs": 0,
                 "kv_transfer_speed_gb_s": load.handoff_bytes / 1e9 / load.handoff_seconds
