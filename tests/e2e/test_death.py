@@ -14,10 +14,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.stacks import Stack, serve
-from tests.e2e.test_http import FLAGS, generate, loads
+from tests.e2e.stacks import PD, SMALL, Stack, serve
 
-PD = "native(P:d1t1p1|D:d1t1p1)"
 LONG = {
     "text": "word " * 10,
     "sampling_params": {"max_new_tokens": 380, "ignore_eos": True, "temperature": 0},
@@ -26,7 +24,7 @@ LONG = {
 
 @pytest.fixture
 def stack(tiny_model_dir: Path, tmp_path: Path) -> Iterator[Stack]:
-    with serve(tiny_model_dir, PD, tmp_path, *FLAGS) as running:
+    with serve(tiny_model_dir, PD, tmp_path, *SMALL) as running:
         yield running
 
 
@@ -69,7 +67,7 @@ def wait_served(stack: Stack, patience: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["decode", "prefill"])
 def test_an_engine_is_killed_in_the_middle(stack: Stack, role: str) -> None:
-    generate(stack, text="warm", sampling_params={"max_new_tokens": 2})
+    stack.generate(text="warm", sampling_params={"max_new_tokens": 2})
     with ThreadPoolExecutor(8) as pool:
         waiting: list[Future[tuple[float, str]]] = [pool.submit(ask, stack, i % 2 == 0) for i in range(8)]
         threading.Event().wait(0.25)
@@ -83,13 +81,12 @@ def test_an_engine_is_killed_in_the_middle(stack: Stack, role: str) -> None:
         assert failures, ends
         assert max(when for when, _ in ends) - killed_at < 2.0
     wait_served(stack, 30)
-    for load in loads(stack):
-        assert load["num_running_reqs"] == load["num_used_tokens"] == 0
+    stack.settle()
 
 
 @pytest.mark.slow
 def test_the_supervisor_is_killed(tiny_model_dir: Path, tmp_path: Path) -> None:
-    with serve(tiny_model_dir, PD, tmp_path, *FLAGS) as stack:
+    with serve(tiny_model_dir, PD, tmp_path, *SMALL) as stack:
         family = stack.processes
         assert len(family) >= 5
         os.kill(stack.process.pid, signal.SIGKILL)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.stacks import Stack, serve
+from tests.e2e.stacks import PD, Stack, serve
 
 FLAGS = ("--kv-pages", "512", "--page-size", "8", "--max-model-len", "2048")
 """Room for the longest prompt, 400 words of three tokens each in the tiny model's vocabulary."""
-FLAGS = ("--kv-pages", "256", "--max-model-len", "2048")
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
-def stack(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    with serve(tiny_model_dir, "native(P:d1t1p1|D:d1t1p1)", tmp_path_factory.mktemp("examples"), *FLAGS) as running:
+def stack(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with serve(tiny_model_dir, PD, tmp_path_factory.mktemp("examples"), *FLAGS) as running:
         yield running
 
 
