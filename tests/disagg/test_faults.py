@@ -511,6 +511,41 @@ def test_the_requests_own_deadline(flaky_pair: tuple[Pair, Flaky, ManualClock]) 
     pair.settle()
 
 
+def test_each_sides_deadline_is_the_others_answer(flaky_pair: tuple[Pair, Flaky, ManualClock]) -> None:
+    """Whoever has it first says why: a time-out, and not that somebody has gone. P's may pass in its scheduler."""
+    pair, _, clock = flaky_pair
+    request = pair.request("r", prompt(40), 1)
+    pair.decode.send(request)
+    pair.pump(lambda: pair.decode.pool.free < pair.decode.pool.total, pair.decode)
+    pair.prefill.send(msgspec.structs.replace(request, deadline=1010.0))
+    pair.pump(lambda: bool(pair.prefill.role.poll()) or pair.prefill.role._by_id["r"].offer is not None, pair.decode)  # type: ignore[attr-defined]
+    clock.advance(11)
+    pair.pump(lambda: pair.decode.ended("r") and pair.prefill.ended("r"), limit=2.0)
+    assert (pair.decode.failure("r").status, pair.decode.failure("r").code) == (504, "timeout")
+    assert pair.prefill.failure("r").status == 504
+    pair.settle()
+
+
+def test_a_deadline_while_the_first_token_waits_for_a_place(make_pair: MakePair) -> None:
+    clock = ManualClock(1000.0)
+    pair = make_pair(clock=clock, max_running=1, prefill={"max_running": 16})
+    request = msgspec.structs.replace(pair.request("r", prompt(20), 1), deadline=1010.0)
+    pair.decode.send(request)
+    pair.pump(lambda: pair.decode.pool.free < pair.decode.pool.total, pair.decode)
+    pair.decode.send(pair.request("whole", prompt(8), 0, ticket=False, max_tokens=200))  # takes the only place
+    pair.decode.turn()
+    pair.prefill.send(request)
+    pair.pump(lambda: bool(pair.decode.heard.get("r")))
+    assert not pair.decode.ended("r")
+    assert pair.decode.role.next_deadline() == 1010.0
+    clock.advance(11)
+    pair.decode.turn()
+    assert pair.decode.failure("r").status == 504
+    assert not pair.decode.ended("whole")
+    pair.decode.send(Abort("whole"))
+    pair.settle()
+
+
 # --- strangers ---------------------------------------------------------------------------------------------------
 
 

@@ -223,6 +223,22 @@ def test_deadlines(path: str) -> None:
     with_stack(hang, hang, check, request_timeout=0.2)
 
 
+@pytest.mark.parametrize("path", [CHAT, "/generate"])
+def test_the_clients_own_deadline(path: str) -> None:
+    async def check(s: Stack) -> None:
+        reply = await s.post(path, headers={"x-request-timeout": "0.2"})
+        assert reply.status_code == 504
+        assert "not finished within 0.2 s" in reply.text
+        for leg in (*s.prefill.seen, *s.decode.seen):
+            await asyncio.wait_for(leg.gone.wait(), 1)
+        refused = await s.post(path, headers={"x-request-timeout": "soon"})
+        assert refused.status_code == 400
+        assert "x-request-timeout is 'soon'" in refused.text
+        assert len(s.decode.seen) == 1
+
+    with_stack(hang, hang, check)
+
+
 def test_a_stream_that_stalls_is_ended_with_an_error_event() -> None:
     async def check(s: Stack) -> None:
         reply = await s.post(json=STREAM)

@@ -268,3 +268,31 @@ async def _drain() -> None:
             reply = await task
     assert reply.content == b"".join([*CHUNKS, DONE])
     assert json.loads(d.seen[0].body)["bootstrap_port"] is None
+
+
+def test_both_legs_hear_how_long_they_have() -> None:
+    async def check(s: Stack) -> None:
+        await s.post(headers={"x-request-timeout": "7.5"})
+        await s.post()
+        await s.post(headers={"x-request-timeout": "3600"})
+        for legs in (s.prefill.seen, s.decode.seen):
+            said = [float(leg.headers["x-request-timeout"]) for leg in legs]
+            assert said == pytest.approx([7.5, 10.0, 10.0], abs=0.5)
+            assert all(value <= limit for value, limit in zip(said, (7.5, 10.0, 10.0), strict=True))
+
+    with_stack(*meeting({}, whole({})), check)
+
+
+def test_a_second_attempt_has_what_the_first_one_left() -> None:
+    async def check(s: Stack) -> None:
+        reply = await s.post(headers={"x-request-timeout": "5"})
+        assert reply.status_code == 200
+        first, second = (float(leg.headers["x-request-timeout"]) for leg in s.decode.seen)
+        assert 4.0 < second <= first - 0.3 <= 4.7
+
+    async def second_time(exchange: Exchange) -> None:
+        first = float(exchange.headers["x-request-timeout"]) > 4.9
+        await asyncio.sleep(0.3 if first else 0)
+        exchange.whole({}, 502 if first else 200)
+
+    with_stack(RECEIPT, second_time, check)

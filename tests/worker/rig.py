@@ -123,7 +123,7 @@ class EngineThread:
                     time.sleep(0.01)
                 for message in messages:
                     self.end.send(self.engine.handle(message))
-                self.end.send(self.engine.step())
+                self.end.send(self.engine.expire() + self.engine.step())
         except ChannelClosed:
             pass
         finally:

@@ -33,6 +33,13 @@ def check_choices(config: Any) -> None:
             raise ConfigError(f"{field.name} is {value!r}; allowed: {', '.join(choices)}")
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """Raises `ConfigError` naming the field."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} is {getattr(config, name)}; it must be greater than 0")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """One engine: a model, its KV pool and its loop."""
@@ -153,11 +160,15 @@ class WorkerConfig:
         "what a request gets that says nothing: model (its generation_config.json) or openai (temperature 1, top_p 1)",
         choices=("model", "openai"),
     )
+    request_timeout: float = option(
+        600.0, "seconds until an unfinished request is cut; the header x-request-timeout may allow less, not more"
+    )
     max_body_mb: float = option(8.0, "larger request bodies get 413")
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_positive(self, "request_timeout")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +182,9 @@ class GatewayConfig:
     policy: str = option("round_robin", "how workers are chosen", choices=("round_robin", "random", "least_loaded"))
     prefill_policy: str = option("", "policy for prefill workers; empty: as --policy")
     decode_policy: str = option("", "policy for decode workers; empty: as --policy")
-    request_timeout: float = option(600.0, "seconds until an unfinished request is cut")
+    request_timeout: float = option(
+        600.0, "seconds until an unfinished request is cut; the header x-request-timeout may allow less, not more"
+    )
     stall_timeout: float = option(120.0, "seconds without a byte in the middle of a stream until it is cut")
     retries: int = option(1, "further attempts after a failure the client has not seen anything of")
     connect_timeout: float = option(2.0, "seconds to reach a worker")
@@ -186,3 +199,4 @@ class GatewayConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_positive(self, "request_timeout")

@@ -74,6 +74,11 @@ class HandoffLost(BatonError):
 class TimedOut(BatonError):
     status, code, retryable = 504, "timeout", True
 
+    @classmethod
+    def of_request(cls) -> TimedOut:
+        """The request's own."""
+        return cls("the request's deadline passed (request-timeout, or the header x-request-timeout)")
+
 
 class Cancelled(BatonError):
     status, code = 499, "cancelled"

@@ -122,6 +122,9 @@ class Decode:
             messages += self._look_after(incoming, now)
         for incoming in list(self._draining.values()):
             self._drain(incoming, now)
+        for id in [sequence.id for sequence in self._arrived if sequence.late(now)]:
+            self.abort(id, TimedOut.of_request())
+            messages.append(Failed.of(id, TimedOut.of_request()))
         self._offer_waiting()
         for incoming in self._waiting:
             self._ask_for_patience(incoming, now)
@@ -135,10 +138,11 @@ class Decode:
         self._offer_waiting()  # pages may have come free, and nothing else may wake us
         return messages
 
-    def abort(self, id: str) -> bool:
+    def abort(self, id: str, error: BatonError) -> bool:
         incoming = self._by_id.get(id)
         if incoming is not None:
-            self._lose(incoming, Event.CANCELLED, Cancelled("the request was cancelled"))
+            why = Cancelled("the request was cancelled") if isinstance(error, Cancelled) else error
+            self._lose(incoming, Event.CANCELLED, why)
             self._offer_waiting()
             return True
         sequence = next((s for s in (*self._scheduler, *self._arrived) if s.id == id), None)
@@ -160,7 +164,8 @@ class Decode:
 
     def next_deadline(self) -> float | None:
         deadlines = [i.handoff.deadline(self._patience) for i in (*self._by_id.values(), *self._draining.values())]
-        deadlines += [i.sequence.deadline for i in self._by_id.values() if i.sequence.deadline is not None]
+        held = (*(i.sequence for i in self._by_id.values()), *self._arrived)
+        deadlines += [sequence.deadline for sequence in held if sequence.deadline is not None]
         deadlines += [i.told + self._patience.beat for i in self._waiting if i.handoff.state is State.QUEUED]
         return min(deadlines, default=None)
 
@@ -291,8 +296,8 @@ class Decode:
 
     def _look_after(self, incoming: Incoming, now: float) -> list[ToFront]:
         handoff, sequence = incoming.handoff, incoming.sequence
-        if sequence.deadline is not None and sequence.deadline <= now:
-            return self._lose(incoming, Event.EXPIRED, TimedOut("the request's deadline passed"))
+        if sequence.late(now):
+            return self._lose(incoming, Event.EXPIRED, TimedOut.of_request())
         if handoff.state is State.QUEUED:
             handoff.seen = now  # ours to find pages: P has nothing to answer for
         landed = incoming.route.landed(handoff.epoch)

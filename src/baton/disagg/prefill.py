@@ -26,7 +26,7 @@ from collections.abc import Sequence as Seq
 
 from baton.base.clock import Clock
 from baton.base.config import DisaggConfig
-from baton.base.errors import BadRequest, BatonError, HandoffLost, Overloaded, TimedOut
+from baton.base.errors import BadRequest, BatonError, Cancelled, HandoffLost, Overloaded, TimedOut
 from baton.base.layout import KVLayout
 from baton.base.messages import Failed, ToFront, Tokens
 from baton.disagg.bootstrap import Link
@@ -118,11 +118,13 @@ class Prefill:
             self._push(outgoing)
         return []
 
-    def abort(self, id: str) -> bool:
+    def abort(self, id: str, error: BatonError) -> bool:
         outgoing = self._by_id.get(id)
         if outgoing is None:
             return False
-        self._lose(outgoing, Event.CANCELLED, HandoffLost("the prefill half of the request was cancelled"))
+        if isinstance(error, Cancelled):
+            error = HandoffLost("the prefill half of the request was cancelled")
+        self._lose(outgoing, Event.EXPIRED if isinstance(error, TimedOut) else Event.CANCELLED, error)
         return True
 
     @property
@@ -295,8 +297,8 @@ class Prefill:
     def _look_after(self, outgoing: Outgoing, now: float) -> list[ToFront]:
         """Signs of life to D, and an end to waiting."""
         sequence, handoff = outgoing.sequence, outgoing.handoff
-        if sequence.deadline is not None and sequence.deadline <= now:
-            return self._lose(outgoing, Event.EXPIRED, TimedOut("the request's deadline passed"))
+        if sequence.late(now):
+            return self._lose(outgoing, Event.EXPIRED, TimedOut.of_request())
         if outgoing.due:
             handoff.seen = now  # ours to compute: D has nothing to answer for
         if outgoing.offer is not None and outgoing.link is not None and now - outgoing.told >= self._patience.beat:

@@ -38,7 +38,7 @@ class Engine:
             case Generate():
                 return self._submit(message)
             case Abort(id=id):
-                return [Failed.of(id, Cancelled("aborted"))] if self.role.abort(id) else []
+                return self._end(id, Cancelled("aborted"))
             case Flush(id=id):
                 return [Flushed(id, True, self.scheduler.flush())]
             case Probe(id=id):
@@ -64,10 +64,8 @@ class Engine:
     def expire(self) -> list[ToFront]:
         """Fail what has passed its own deadline."""
         now = self.clock.now()
-        late = [s for s in self.scheduler if s.deadline is not None and s.deadline < now]
-        for sequence in late:
-            self.role.abort(sequence.id)
-        return [Failed.of(s.id, TimedOut("the request's deadline passed")) for s in late]
+        late = [sequence.id for sequence in self.scheduler if sequence.late(now)]
+        return [message for id in late for message in self._end(id, TimedOut.of_request())]
 
     def next_deadline(self) -> float | None:
         """When `step` or `expire` must be called even if no message comes (Clock time); None: no such time."""
@@ -131,10 +129,13 @@ class Engine:
 
     def _fail(self, batch: Seq[Slice], error: BatonError) -> list[ToFront]:
         """Only the sequence the error names (`error.param` is its id) pays; nobody named: all of the batch do."""
-        named = [p.sequence for p in batch if p.sequence.id == error.param] or [p.sequence for p in batch]
-        for sequence in named:
-            self.role.abort(sequence.id)
-        return [Failed.of(s.id, _unnamed(error)) for s in named]
+        ids = [piece.sequence.id for piece in batch]
+        named = [error.param] if error.param in ids else ids
+        return [message for id in named for message in self._end(id, _unnamed(error))]
+
+    def _end(self, id: str, error: BatonError) -> list[ToFront]:
+        """The sequence fails, in whatever stage it is; nothing if it is not here."""
+        return [Failed.of(id, error)] if self.role.abort(id, error) else []
 
     def _count(self, messages: list[ToFront]) -> list[ToFront]:
         for message in messages:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 from baton.base.clock import Clock
+from baton.base.errors import BatonError
 from baton.base.messages import Finish, ToFront, TokenLogprob, Tokens
 from baton.engine.scheduler import Scheduler
 from baton.engine.sequence import Sequence
@@ -92,7 +93,7 @@ class Unified:
     def commit(self, batch: Seq[Slice], results: Seq[Sampled]) -> list[ToFront]:
         return [m for piece, result in zip(batch, results, strict=True) for m in self.committer.commit(piece, result)]
 
-    def abort(self, id: str) -> bool:
+    def abort(self, id: str, error: BatonError) -> bool:
         sequence = next((s for s in self.scheduler if s.id == id), None)
         if sequence is None:
             return False

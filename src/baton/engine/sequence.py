@@ -90,6 +90,10 @@ class Sequence:
         """Tokens whose KV is still to be computed; 1 while decoding."""
         return len(self.tokens) - self.computed_len
 
+    def late(self, now: float) -> bool:
+        """Its deadline has passed."""
+        return self.deadline is not None and self.deadline <= now
+
     def usage(self) -> Usage:
         return Usage(self.prompt_len, self.output_len, self.usage_cached_len, self.retractions)
 

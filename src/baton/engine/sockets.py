@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
+from baton.base.errors import BatonError
 from baton.base.messages import ToFront, TokenLogprob
 from baton.engine.sequence import Sequence
 
@@ -67,8 +68,9 @@ class Role(Protocol):
         """A step is done: account for it, hand tokens out, hand sequences over."""
         ...
 
-    def abort(self, id: str) -> bool:
-        """Forget a sequence in whatever stage; False if it is not (any more) here. Idempotent."""
+    def abort(self, id: str, error: BatonError) -> bool:
+        """Forget a sequence in whatever stage; False if it is not (any more) here. Idempotent. `error` is why: the
+        caller tells the front, the role tells a peer."""
         ...
 
     @property

@@ -8,7 +8,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from baton.base.errors import BatonError, Unavailable
+from baton.base.errors import BadRequest, BatonError, Unavailable
+from baton.base.timeout import REQUEST_TIMEOUT, allowance, header_line
 from baton.gateway.door import Answer, Inbound
 from baton.gateway.merge import Merger
 from baton.gateway.metrics import Metrics
@@ -49,6 +50,7 @@ NOT_FORWARDED = frozenset(
         b"x-override-bootstrap-host",
         b"x-override-bootstrap-port",
         b"x-override-bootstrap-room",
+        REQUEST_TIMEOUT,
         b"x-request-id",
     }
 )
@@ -83,12 +85,17 @@ class Inference:
         loop = asyncio.get_running_loop()
         started = time.perf_counter()
         relay = Relay(answer, inbound.path, [(b"x-request-id", request_id)], self._options.stall_timeout)
-        deadline = Deadline(pulse, loop, self._options.request_timeout)
+        try:
+            seconds = allowance(_given_timeout(inbound.headers), self._options.request_timeout)
+        except BadRequest as error:
+            await refuse(answer, inbound.path, error, relay.headers)
+            return
+        deadline = Deadline(pulse, loop, seconds)
         try:
             kind = PAIRED.get(inbound.path)
             body = splice.read(inbound.body, kind) if kind else splice.opaque(inbound.body)
             parcel = Parcel(inbound.target, self._forwarded(inbound.headers, request_id), body)
-            await self._attempts(parcel, relay, pulse, paired=kind is not None)
+            await self._attempts(parcel, relay, pulse, deadline, paired=kind is not None)
         except BatonError as error:
             if not answer.status:
                 await refuse(answer, inbound.path, error, relay.headers)
@@ -103,12 +110,12 @@ class Inference:
         if relay.first:
             self._metrics.first_byte(inbound.path if kind else "other", relay.first - started)
 
-    async def _attempts(self, parcel: Parcel, relay: Relay, pulse: Pulse, *, paired: bool) -> None:
+    async def _attempts(self, parcel: Parcel, relay: Relay, pulse: Pulse, deadline: Deadline, *, paired: bool) -> None:
         choose = self._router.choose if paired else self._router.choose_one
         budget = Budget(self._options.retries)
         target, avoid = choose(NOBODY), NOBODY
         while True:
-            legs = self._router.send(target, parcel, pulse)
+            legs = self._router.send(target, deadline.sent_with(parcel), pulse)
             legs.eager = bool(parcel.body.merge)
             try:
                 await legs.ready()
@@ -180,14 +187,20 @@ class Budget:
 class Deadline:
     """The end of a request: first told to whoever waits for a worker; then, if the client does not read, by force."""
 
-    __slots__ = ("_loop", "_message", "_pulse", "_task", "_timer", "forced")
+    __slots__ = ("_loop", "_message", "_pulse", "_task", "_timer", "_until", "forced")
 
     def __init__(self, pulse: Pulse, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         self._pulse, self._loop, self._task = pulse, loop, asyncio.current_task()
         self.forced = False
         """The task was cancelled by us."""
         self._message = f"the request was not finished within {seconds:g} s"
-        self._timer = loop.call_later(seconds, self._expire)
+        self._until = loop.time() + seconds
+        self._timer = loop.call_at(self._until, self._expire)
+
+    def sent_with(self, parcel: Parcel) -> Parcel:
+        """The worker hears how long it has: a gateway that is lost cannot cancel."""
+        left = header_line(self._until - self._loop.time())
+        return Parcel(parcel.path, parcel.headers + left, parcel.body)
 
     def cancel(self) -> None:
         self._timer.cancel()
@@ -265,6 +278,11 @@ def _again(choose: Callable[[frozenset[Worker]], Target], avoid: frozenset[Worke
         except Unavailable:
             continue
     return None
+
+
+def _given_timeout(headers: Sequence[Header]) -> bytes | None:
+    """What the client allows itself."""
+    return next((value for name, value in headers if name == REQUEST_TIMEOUT), None)
 
 
 def _kind(lost: Leg) -> str:

@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from msgspec.structs import replace
 from starlette.types import Receive, Scope, Send
 
 from baton.api.dialect import Dialect, Writer, error_events
@@ -21,6 +22,7 @@ from baton.api.job import Job
 from baton.api.output import Output
 from baton.base.errors import BatonError
 from baton.base.messages import Failed, Tokens
+from baton.base.timeout import REQUEST_TIMEOUT, allowance
 from baton.worker.client import ClientGone, Inbox
 from baton.worker.http import Hangup, Header, check_json, header, read_body, reply
 from baton.worker.state import FrontState
@@ -78,8 +80,9 @@ class GenerateRoute:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, received: float) -> str:
         check_json(scope)
+        deadline = received + allowance(header(scope, REQUEST_TIMEOUT), self._state.worker.request_timeout)
         body = await read_body(scope, receive, self._state.max_body)
-        exchange = await self._begin(body, header(scope, b"x-request-id"), received)
+        exchange = await self._begin(body, header(scope, b"x-request-id"), received, deadline)
         watcher = asyncio.ensure_future(receive())  # the body is read: what comes now is the hang-up
         watcher.add_done_callback(lambda _: exchange.inbox.hang_up())
         self._state.exchanges.add(exchange)
@@ -97,7 +100,7 @@ class GenerateRoute:
             watcher.cancel()
             self._account(exchange)
 
-    async def _begin(self, body: bytes, given: bytes | None, received: float) -> Exchange:
+    async def _begin(self, body: bytes, given: bytes | None, received: float, deadline: float) -> Exchange:
         context = self._state.context
         rid = given.decode("latin-1") if given else None
         headers = [(b"x-request-id", given)] if given else []
@@ -112,7 +115,7 @@ class GenerateRoute:
             Output(k, job.rids[k // n], job.prompts[k // n], job.plans[k // n], context.tokenizer) for k in range(total)
         ]
         ids = [client.unique(o.rid if total == 1 else f"{o.rid}#{o.index}") for o in outputs]
-        inbox = client.start(job.generates(ids, context))
+        inbox = client.start([replace(sequence, deadline=deadline) for sequence in job.generates(ids, context)])
         by_id = dict(zip(ids, outputs, strict=True))
         last, task = [0.0] * total, asyncio.current_task()
         return Exchange(job, writer, inbox, outputs, by_id, headers, received, last, total, task=task)
