@@ -44,7 +44,7 @@ class Stack:
 async def stack(
     prefill: Behaviour, decode: Behaviour, *, regular: list[Mock] | None = None, ready: bool = True, **options: Any
 ) -> AsyncIterator[Stack]:
-    config = GatewayConfig(port=0, health_interval=0.2, drain_timeout=1.0, **{"request_timeout": 10.0, **options})
+    config = GatewayConfig(port=0, drain_timeout=1.0, **{"request_timeout": 10.0, "health_interval": 0.2, **options})
     async with (
         Mock(prefill) as p,
         Mock(decode) as d,

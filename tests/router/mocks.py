@@ -112,6 +112,8 @@ class Mock:
         self.behave = behave
         self.info = info or {}
         self.health = 200
+        self.frozen = False
+        """Takes what comes, and answers nothing any more."""
         self.seen: list[Exchange] = []
         self.probes = 0
         self.accepted = 0
@@ -156,6 +158,9 @@ class Mock:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        if self.frozen:
+            await exchange.gone.wait()
+            return
         if exchange.path == "/health":
             self.probes += 1
             exchange.whole({}, self.health)

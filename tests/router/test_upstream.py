@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 
 import pytest
 
 from baton.base.errors import ConfigError
-from baton.router.fetch import FetchFailed, fetch, request_bytes
+from baton.router.fetch import FetchFailed, Silence, fetch, request_bytes
 from baton.router.origin import Origin
-from baton.router.upstream import HIGH_WATER, Call, Fault, Pool
-from tests.router.mocks import Behaviour, Exchange, Mock, events, garbage, hang, reset, run, until, whole
+from baton.router.upstream import HIGH_WATER, Call, Failure, Fault, Pool
+from tests.router.mocks import (
+    Behaviour,
+    Exchange,
+    Mock,
+    events,
+    garbage,
+    hang,
+    reset,
+    run,
+    stream_then_hang,
+    until,
+    whole,
+)
 
 
 def with_pool(behave: Behaviour, check: Callable[[Mock, Pool], object], connect_timeout: float = 2.0) -> None:
@@ -244,6 +257,45 @@ def test_nobody_listens() -> None:
         assert "refused" in call.failure.message
 
     with_pool(hang, check)
+
+
+def test_nobody_answers_the_call_for_a_connection() -> None:
+    async def check(mock: Mock, pool: Pool) -> None:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+        crowd = [socket.socket() for _ in range(4)]
+        for one in crowd:  # nobody accepts them, and the system holds no more
+            one.setblocking(False)
+            one.connect_ex(listener.getsockname())
+        full = Pool(Origin.parse(f"http://127.0.0.1:{listener.getsockname()[1]}"), connect_timeout=0.2)
+        call, news = start(full)
+        await finish(call, news)
+        assert call.failure == Failure(Fault.SILENT, "no connection within 0.2 s")
+        with pytest.raises(Silence):
+            await fetch(full, "GET", "/health", timeout=5)
+        await full.close()
+        for one in (listener, *crowd):
+            one.close()
+
+    with_pool(hang, check)
+
+
+def test_what_is_broken_off_fails_by_that_name_and_new_calls_work() -> None:
+    async def check(mock: Mock, pool: Pool) -> None:
+        idle, _ = start(pool)
+        await until(lambda: idle.done)
+        mock.behave = stream_then_hang
+        calls = [start(pool) for _ in range(3)]
+        await until(lambda: all(call.received for call, _ in calls))
+        pool.break_off("it hangs")
+        for call, news in calls:
+            await finish(call, news)
+            assert call.failure == Failure(Fault.SILENT, "it hangs")
+        pool.break_off("again")  # nothing runs there
+        await until(lambda: not pool.open_connections)
+        mock.behave = whole({})
+        assert await finish(*start(pool)) == b"{}"
+
+    with_pool(whole({}), check)
 
 
 def test_a_stale_connection_is_named_so_and_fetch_replaces_it() -> None:

@@ -38,6 +38,10 @@ class FetchFailed(Exception):
     """The worker gave no reply; the message says why."""
 
 
+class Silence(FetchFailed):
+    """Because nothing came in time, which is not even a refusal."""
+
+
 async def fetch(
     pool: Pool,
     method: str,
@@ -63,7 +67,7 @@ async def fetch(
                     if call.received > limit:
                         raise FetchFailed(f"{pool.origin.url}{path}: more than {limit} bytes")
         except TimeoutError:
-            raise FetchFailed(f"{pool.origin.url}{path}: no reply within {timeout:g} s") from None
+            raise Silence(f"{pool.origin.url}{path}: no reply within {timeout:g} s") from None
         finally:
             call.cancel()
         if call.complete:
@@ -72,4 +76,5 @@ async def fetch(
         failure = call.failure
         if failure is None or failure.fault is not Fault.STALE:
             break
-    raise FetchFailed(f"{pool.origin.url}{path}: {failure.message if failure else 'no reply'}")
+    kind = Silence if failure is not None and failure.fault is Fault.SILENT else FetchFailed
+    raise kind(f"{pool.origin.url}{path}: {failure.message if failure else 'no reply'}")

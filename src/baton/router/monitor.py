@@ -1,16 +1,21 @@
-"""Looks after workers: one task each asks for `/health`, and for `/server_info` whenever it comes (back) up."""
+"""Looks after workers: one task each asks for `/health`, and for `/server_info` whenever it comes (back) up.
+
+A worker that dies closes its connections, and its requests fail by themselves. One that hangs (a stopped process, a
+lost machine) does not: it is known by its silence, and what runs there is broken off.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from baton.router.fetch import FetchFailed, fetch
+from baton.router.fetch import FetchFailed, Silence, fetch
 from baton.router.registry import Registry, Worker
 from baton.router.upstream import Header
 
@@ -28,7 +33,41 @@ class Rhythm:
     timeout: float = 5.0
     """Seconds a check may take."""
     failures: int = 2
-    """Failed checks in a row that take a worker out."""
+    """Failed checks in a row that take a worker out; if none of them got any answer, it hangs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a worker cannot be used."""
+
+    reason: str
+    silent: bool = False
+    """It did not answer at all, not even with a refusal."""
+
+
+class Record:
+    """The checks since the last good one."""
+
+    def __init__(self, limit: int) -> None:
+        self.failures = 0
+        self._silences: deque[float] = deque(maxlen=max(1, limit))
+        """When the last checks were asked, if all of them since then met with silence."""
+
+    def good(self) -> None:
+        self.failures = 0
+        self._silences.clear()
+
+    def bad(self, problem: Problem, asked: float) -> None:
+        self.failures += 1
+        if problem.silent:
+            self._silences.append(asked)
+        else:
+            self._silences.clear()
+
+    def hangs(self, heard: float) -> bool:
+        """Not a byte came (`heard`: the last time) while `limit` checks in a row were waited for. A worker that is
+        only too busy for checks goes on with its streams."""
+        return len(self._silences) == self._silences.maxlen and heard < self._silences[0]
 
 
 class Monitor:
@@ -64,46 +103,51 @@ class Monitor:
             await self.forget(worker)
 
     async def _look_after(self, worker: Worker) -> None:
-        failures = 0
+        record, loop = Record(self._rhythm.failures), asyncio.get_running_loop()
         nudge = self._nudges[worker]
         while True:
             suspect = nudge.is_set()
             nudge.clear()
+            asked = loop.time()
             problem = await self._problem(worker, learn=suspect or not worker.healthy)
-            now = asyncio.get_running_loop().time()
-            if not problem:
-                failures = 0
+            if problem is None:
+                record.good()
                 if not worker.healthy:
                     log.info("%s worker %s is up", worker.role, worker.url)
-                self._registry.up(worker, now)
+                self._registry.up(worker, loop.time())
             else:
-                failures += 1
-                if worker.healthy and failures >= self._rhythm.failures:
-                    log.warning("%s worker %s is down: %s", worker.role, worker.url, problem)
-                if not worker.healthy or failures >= self._rhythm.failures:
-                    self._registry.down(worker, problem, now)
+                record.bad(problem, asked)
+                self._doubt(worker, record, problem.reason)
             worker.pool.reap()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(self._rhythm.interval, RECHECK) if problem else self._rhythm.interval):
                     await nudge.wait()
 
-    async def _problem(self, worker: Worker, *, learn: bool) -> str:
-        """Why the worker cannot be used, "" if it can."""
+    def _doubt(self, worker: Worker, record: Record, reason: str) -> None:
+        if worker.healthy and record.failures >= self._rhythm.failures:
+            log.warning("%s worker %s is down: %s", worker.role, worker.url, reason)
+        if not worker.healthy or record.failures >= self._rhythm.failures:
+            self._registry.down(worker, reason, asyncio.get_running_loop().time())
+        if record.hangs(worker.pool.heard):
+            worker.pool.break_off(f"it hangs: {reason}, nor anything else")
+
+    async def _problem(self, worker: Worker, *, learn: bool) -> Problem | None:
+        """Why the worker cannot be used, None if it can."""
         try:
             reply = await fetch(
                 worker.pool, "GET", "/health", headers=self._headers, timeout=self._rhythm.timeout, limit=1 << 20
             )
             if not reply.ok:
-                return f"/health answered {reply.status}"
-            return await self._learn(worker) if learn else ""
+                return Problem(f"/health answered {reply.status}")
+            return await self._learn(worker) if learn else None
         except FetchFailed as error:
-            return str(error)
+            return Problem(str(error), silent=isinstance(error, Silence))
 
-    async def _learn(self, worker: Worker) -> str:
+    async def _learn(self, worker: Worker) -> Problem | None:
         info = await self._info(worker)
         said = info.get("disaggregation_mode")
         if said in ("prefill", "decode") and worker.role != said:
-            return f"registered as {worker.role} worker, but says of itself that it is a {said} worker"
+            return Problem(f"registered as {worker.role} worker, but says of itself that it is a {said} worker")
         port = info.get("disaggregation_bootstrap_port")
         model = info.get("served_model_name") or info.get("model_path") or ""
         self._registry.learned(
@@ -112,7 +156,7 @@ class Monitor:
             bootstrap_port=port if worker.role == "prefill" and isinstance(port, int) else None,
             model=str(model),
         )
-        return ""
+        return None
 
     async def _info(self, worker: Worker) -> dict[str, Any]:
         """What the worker says of itself; empty if it has no such route."""

@@ -35,6 +35,8 @@ class Fault(enum.Enum):
 
     REFUSED = "refused"
     """No connection: the request was never sent."""
+    SILENT = "silent"
+    """Nobody answers, and nobody hangs up: no connection in time, or the monitor has had no word for too long."""
     STALE = "stale"
     """A kept-alive connection was closed before the first byte of a reply: most likely it had been idle too long."""
     RESET = "reset"
@@ -197,6 +199,14 @@ class Connection(asyncio.Protocol):
         self._call = None
         self._transport.abort()
 
+    def break_off(self, failure: Failure) -> None:
+        """Close without delay; a call in progress fails."""
+        call = self._call
+        self.drop()
+        if call is not None:
+            call._end(failure)
+            call.notify(call)
+
     def resume(self) -> None:
         self._transport.resume_reading()
 
@@ -226,7 +236,7 @@ class Connection(asyncio.Protocol):
         if not call.status and self._head > MAX_HEAD:
             self._garbage(call, f"more than {MAX_HEAD} bytes of reply head")
             return
-        call.last = self._pool.now()
+        call.last = self._pool.heard = self._pool.now()
         if self._call is None:
             self._finished(call)
         elif call.held >= HIGH_WATER and not call._paused:
@@ -308,6 +318,8 @@ class Pool:
         self.origin = origin
         self.opened = 0
         """Connections made since the start."""
+        self.heard = 0.0
+        """Loop time of the last byte that came, for whatever call."""
         self._connect_timeout = connect_timeout
         self._ssl = (ssl_context or ssl.create_default_context()) if origin.tls else None
         self._idle: list[Connection] = []
@@ -355,6 +367,11 @@ class Pool:
         for connection in idle:
             connection.drop()
 
+    def break_off(self, message: str) -> None:
+        """Calls in progress fail, and their connections are closed; new ones are made as before."""
+        for connection in list(self._all):
+            connection.break_off(Failure(Fault.SILENT, message))
+
     def reap(self) -> None:
         """Close connections that were idle for too long."""
         if self._loop is None:
@@ -377,7 +394,7 @@ class Pool:
         if connecting:
             await asyncio.wait(connecting)
         for call in connecting.values():  # a task that had not even begun told nobody
-            self._refused(call, "the gateway is closing")
+            self._refused(call, Failure(Fault.REFUSED, "the gateway is closing"))
         for connection in list(self._all):
             connection._transport.abort()
         self._idle.clear()
@@ -389,7 +406,7 @@ class Pool:
         assert self._loop is not None
         connection = Connection(self, call)
         tls_name = self.origin.host if self._ssl else None
-        message = ""
+        fault, message = Fault.REFUSED, ""
         try:
             if self._closed:
                 raise OSError("the gateway is closing")
@@ -398,18 +415,18 @@ class Pool:
                     lambda: connection, self.origin.host, self.origin.port, ssl=self._ssl, server_hostname=tls_name
                 )
         except TimeoutError:
-            message = f"no connection within {self._connect_timeout:g} s"
+            fault, message = Fault.SILENT, f"no connection within {self._connect_timeout:g} s"
         except OSError as error:
             message = f"no connection ({error.strerror or error})"
         except asyncio.CancelledError:  # only `close` does that
             message = "the gateway is closing"
         if message:
             self._lost(connection)  # the loop closes a half-made one, and says nothing to it
-            self._refused(call, message)
+            self._refused(call, Failure(fault, message))
 
-    def _refused(self, call: Call, message: str) -> None:
+    def _refused(self, call: Call, failure: Failure) -> None:
         if not call.done:
-            call._end(Failure(Fault.REFUSED, message))
+            call._end(failure)
             call.notify(call)
 
     def _opened(self, connection: Connection) -> None:
