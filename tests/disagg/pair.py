@@ -20,7 +20,7 @@ from baton.engine.engine import Engine
 from baton.engine.roles import Committer
 from baton.engine.scheduler import Scheduler
 from baton.engine.sequence import Sequence as EngineSequence
-from baton.engine.sockets import Sampled, Slice
+from baton.engine.sockets import Preparation, Sampled, Slice
 from baton.transports.base import Transport
 from baton.transports.region import Region
 
@@ -147,6 +147,7 @@ def worker(
     clock: Clock | None = None,
     pause: float = 0.0,
     prefix_caching: bool = True,
+    preparation: Preparation | None = None,
     **options: object,
 ) -> Worker:
     clock = clock or MonotonicClock()
@@ -171,7 +172,7 @@ def worker(
         runner.close()
         region.close()
         raise
-    return Worker(Engine(scheduler, runner, role, clock), role, region)
+    return Worker(Engine(scheduler, runner, role, clock, preparation), role, region)
 
 
 class Pair:

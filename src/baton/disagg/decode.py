@@ -91,7 +91,7 @@ class Decode:
         self._draining: dict[int, Incoming] = {}
         """By epoch: lost, but the pages are not ours again."""
         self._arrived: deque[Sequence] = deque()
-        """Begun, waiting for a place among the running."""
+        """Begun, waiting for a place among the running, or to be prepared."""
         self._load = HandoffLoad()
 
     # --- the role ------------------------------------------------------------------------------------------
@@ -291,8 +291,11 @@ class Decode:
             incoming.route.queue(handoff.room, handoff.epoch)
 
     def _adopt_arrived(self) -> None:
-        while self._arrived and len(self._scheduler.running) < self._scheduler.max_running:
-            self._scheduler.adopt(self._arrived.popleft())
+        for sequence in [sequence for sequence in self._arrived if not sequence.held]:
+            if len(self._scheduler.running) >= self._scheduler.max_running:
+                return
+            self._arrived.remove(sequence)
+            self._scheduler.adopt(sequence)
 
     def _look_after(self, incoming: Incoming, now: float) -> list[ToFront]:
         handoff, sequence = incoming.handoff, incoming.sequence

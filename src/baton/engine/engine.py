@@ -9,7 +9,7 @@ from baton.base.errors import BatonError, Cancelled, TimedOut
 from baton.base.messages import Abort, Failed, Flush, Flushed, Generate, Load, Probe, ToEngine, ToFront, Tokens
 from baton.engine.scheduler import Scheduler
 from baton.engine.sequence import Sequence
-from baton.engine.sockets import Role, Runner, Slice
+from baton.engine.sockets import NothingToPrepare, Preparation, Role, Runner, Slice
 
 
 class Engine:
@@ -20,11 +20,16 @@ class Engine:
     a message, a hand-off (`role.poll`) or a deadline changes anything, and the loop may sleep until one of them comes.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, role: Role, clock: Clock) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, role: Role, clock: Clock, preparation: Preparation | None = None
+    ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.role = role
         self.clock = clock
+        self.preparation = preparation or NothingToPrepare()
+        self._held: dict[str, Sequence] = {}
+        """Alive, and not prepared yet; the role has them in whatever stage."""
         self._counters = Counters()
         self._last_batch_empty = True
 
@@ -50,7 +55,7 @@ class Engine:
     def poll(self) -> list[ToFront]:
         """What has arrived, and what has become of it. Separate from `compute`, so that the front hears of a first
         token from a prefill worker before the next forward step, not after it."""
-        arrived = self.role.poll()
+        arrived = self._release() + self.role.poll()
         if arrived:
             self._last_batch_empty = False
         return self._count(arrived)
@@ -104,13 +109,33 @@ class Engine:
 
     def close(self) -> None:
         self.role.close()
+        self.preparation.close()
 
     def _submit(self, request: Generate) -> list[ToFront]:
         try:
-            self.role.submit(Sequence.of(request, self.clock.now()))
+            sequence = Sequence.of(request, self.clock.now())
+            self.role.submit(sequence)
         except BatonError as error:
             return [Failed.of(request.id, error)]
+        self.preparation.begin(sequence)
+        if sequence.held:
+            self._held[sequence.id] = sequence
         return []
+
+    def _release(self) -> list[ToFront]:
+        """What is prepared now may be computed, or fails."""
+        messages: list[ToFront] = []
+        for sequence, error in self.preparation.done():
+            if self._held.get(sequence.id) is sequence:  # else it has ended meanwhile
+                self._last_batch_empty = False
+                self._let_go(sequence.id)
+                messages += self._end(sequence.id, error) if error is not None else []
+        return messages
+
+    def _let_go(self, id: str) -> None:
+        sequence = self._held.pop(id, None)
+        if sequence is not None:
+            sequence.held = False
 
     def _compute(self, batch: Seq[Slice]) -> list[ToFront]:
         started = self.clock.now()
@@ -135,10 +160,13 @@ class Engine:
 
     def _end(self, id: str, error: BatonError) -> list[ToFront]:
         """The sequence fails, in whatever stage it is; nothing if it is not here."""
+        self._let_go(id)
         return [Failed.of(id, error)] if self.role.abort(id, error) else []
 
     def _count(self, messages: list[ToFront]) -> list[ToFront]:
         for message in messages:
+            if self._held and (isinstance(message, Failed) or (isinstance(message, Tokens) and message.finish)):
+                self._let_go(message.id)
             if isinstance(message, Tokens):
                 self._counters.generated_tokens += len(message.tokens)
                 if message.usage is not None:

@@ -8,6 +8,7 @@ the engine that knows what tokens spell, and it only hands the tokenizer to the 
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ WHITESPACE = r"[ \n\r\t]{1,64}"
 
 LIMITS = LLParserLimits(verbose_errors=False)
 """The library's own limits on how large and how ambiguous a grammar may be."""
+
+
+NOT_HERE = "this engine has no tokenizer and serves no structured output"
 
 
 class Constraints(Protocol):
@@ -59,10 +63,19 @@ class NoGrammars:
         pass
 
     def allowed(self, sequence: Sequence) -> NDArray[np.bool_]:
-        raise BadRequest("this engine has no tokenizer and serves no structured output", param=sequence.id)
+        raise BadRequest(NOT_HERE, param=sequence.id)
 
     def forget(self, sequence: Sequence) -> None:
         pass
+
+    def warm_up(self) -> None:
+        pass
+
+    def compiled(self, grammar: Grammar) -> None:
+        return None
+
+    def compile(self, grammar: Grammar) -> object:
+        raise BadRequest(NOT_HERE)
 
 
 @dataclass(slots=True)
@@ -77,7 +90,8 @@ class _Follower:
 class Grammars:
     """Grammars over the tokenizer of one model directory (or of one `tokenizer.json`).
 
-    The tokenizer is read when the first request needs it, about a second for a vocabulary of 150k.
+    The library's table of the vocabulary takes about a second to make for 150k tokens (`warm_up`, or the first use).
+    `compile` and its relatives may be called from any thread, all else is the sampler's.
     """
 
     def __init__(self, tokenizer_path: str | Path, limits: LLParserLimits = LIMITS) -> None:
@@ -87,6 +101,10 @@ class Grammars:
         self._vocab_size = 0
         self._eos_token_ids: list[int] = []
         self._environment: LLTokenizer | None = None
+        self._making = threading.Lock()
+        """The environment is made once."""
+        self._shelf = threading.Lock()
+        """Held for a moment only."""
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._followers: dict[str, _Follower] = {}
 
@@ -107,6 +125,38 @@ class Grammars:
     def __repr__(self) -> str:
         return f"<Grammars {len(self._compiled)} compiled, {len(self._followers)} in use>"
 
+    # --- from any thread -----------------------------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        self._tokenizer()
+
+    def compiled(self, grammar: Grammar) -> LLMatcher | None:
+        with self._shelf:
+            template = self._compiled.get(grammar)
+            if template is not None:
+                self._compiled.move_to_end(grammar)
+            return template
+
+    def compile(self, grammar: Grammar) -> LLMatcher:
+        """What was compiled before is given again. Raises `BadRequest` with what the library says."""
+        template = self.compiled(grammar)
+        if template is not None:
+            return template
+        try:
+            source = _translate(grammar)
+        except (ValueError, RecursionError) as error:  # that is what the library and `json` raise
+            raise _refusal(grammar, str(error)) from error
+        template = LLMatcher(self._tokenizer(), source, log_level=0, limits=self._limits)
+        if template.is_error():
+            raise _refusal(grammar, template.get_error())
+        with self._shelf:
+            self._compiled[grammar] = template
+            if len(self._compiled) > COMPILED:
+                self._compiled.popitem(last=False)
+        return template
+
+    # --- inside --------------------------------------------------------------------------------------------
+
     def _follow(self, sequence: Sequence) -> LLMatcher:
         """The sequence's matcher, after all of its output."""
         follower = self._followers.get(sequence.id)
@@ -126,49 +176,45 @@ class Grammars:
                 matcher.consume_token(token)
 
     def _start(self, sequence: Sequence) -> LLMatcher:
-        grammar = sequence.sampling.grammar
+        """From what was prepared for it; compiled here and now only if nobody did."""
+        grammar, template = sequence.sampling.grammar, sequence.prepared
         assert grammar is not None
-        template = self._compiled.pop(grammar, None)
-        if template is None:
-            template = self._compile(grammar, sequence)
-        self._compiled[grammar] = template  # the youngest
-        if len(self._compiled) > COMPILED:
-            self._compiled.popitem(last=False)
+        if not isinstance(template, LLMatcher):
+            try:
+                template = self.compile(grammar)
+            except BadRequest as error:
+                error.param = sequence.id
+                raise
         return template.deep_copy()
 
-    def _compile(self, grammar: Grammar, sequence: Sequence) -> LLMatcher:
-        try:
-            source = _translate(grammar)
-        except (ValueError, RecursionError) as error:  # that is what the library and `json` raise
-            raise self._refusal(grammar, str(error), sequence) from error
-        matcher = LLMatcher(self._tokenizer(sequence), source, log_level=0, limits=self._limits)
-        if matcher.is_error():
-            raise self._refusal(grammar, matcher.get_error(), sequence)
-        return matcher
+    def _tokenizer(self) -> LLTokenizer:
+        with self._making:
+            if self._environment is None:
+                self._environment = self._make_environment()
+            return self._environment
 
-    def _tokenizer(self, sequence: Sequence) -> LLTokenizer:
-        if self._environment is None:
-            if not self._path.is_file():
-                raise BadRequest(
-                    f"this model serves no structured output: there is no {self._path.name} beside its weights",
-                    param=sequence.id,
-                )
-            tokenizer = Tokenizer.from_file(str(self._path))
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            width = max(self._vocab_size, tokenizer.get_vocab_size(with_added_tokens=True))
-            self._environment = LLTokenizer(tokenizer.to_str(), n_vocab=width, eos_token=self._eos_token_ids or None)
-        return self._environment
+    def _make_environment(self) -> LLTokenizer:
+        if not self._path.is_file():
+            raise BadRequest(
+                f"this model serves no structured output: there is no {self._path.name} beside its weights"
+            )
+        tokenizer = Tokenizer.from_file(str(self._path))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        width = max(self._vocab_size, tokenizer.get_vocab_size(with_added_tokens=True))
+        return LLTokenizer(tokenizer.to_str(), n_vocab=width, eos_token=self._eos_token_ids or None)
 
     def _check(self, matcher: LLMatcher, sequence: Sequence) -> None:
         if matcher.is_error():
             assert sequence.sampling.grammar is not None
-            raise self._refusal(sequence.sampling.grammar, matcher.get_error(), sequence)
+            error = _refusal(sequence.sampling.grammar, matcher.get_error())
+            error.param = sequence.id
+            raise error
 
-    @staticmethod
-    def _refusal(grammar: Grammar, said: str, sequence: Sequence) -> BadRequest:
-        said = said.partition("<state>")[0].removesuffix("<non-verbose/>").strip()
-        return BadRequest(f"the {grammar.kind} cannot be used: {said}", param=sequence.id)
+
+def _refusal(grammar: Grammar, said: str) -> BadRequest:
+    said = said.partition("<state>")[0].removesuffix("<non-verbose/>").strip()
+    return BadRequest(f"the {grammar.kind} cannot be used: {said}")
 
 
 def _translate(grammar: Grammar) -> str:

@@ -70,6 +70,7 @@ class Built:
     architectures: tuple[str, ...]
     weight_dtype: str
     device: str
+    grammars: Grammars | NoGrammars
 
 
 def build_runner(config: EngineConfig, memory: Callable[[int], memoryview] | None = None) -> Built:
@@ -94,7 +95,8 @@ def build_runner(config: EngineConfig, memory: Callable[[int], memoryview] | Non
     spare = 0 if resolved.device.type == "cpu" else 1  # for the padding rows of CUDA graphs; in nobody's page table
     pool = KVPool(layout, num_pages + spare, buffer, resolved.device)
     eos = eos_token_ids(resolved.path, settings)
-    sampler = Sampler(shape.vocab_size, eos, _grammars(tokenizer_dir(config)))
+    grammars = _grammars(tokenizer_dir(config))
+    sampler = Sampler(shape.vocab_size, eos, grammars)
     length = max_model_len(config, shape, layout, num_pages)
     attention, forward = _compute(config, model, pool, shape.heads, team, layout.pages_for(length))
     runner = ModelRunner(forward, attention, sampler, config.page_size, resolved.device)
@@ -109,6 +111,7 @@ def build_runner(config: EngineConfig, memory: Callable[[int], memoryview] | Non
         shape.architectures,
         resolved.weight_dtype,
         str(resolved.device),
+        grammars,
     )
 
 

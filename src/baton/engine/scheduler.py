@@ -169,8 +169,8 @@ class Scheduler:
 
     @property
     def head(self) -> Sequence | None:
-        """The next to be admitted."""
-        return self.waiting[0] if self.waiting else None
+        """The next to be admitted: the first that is not held."""
+        return next((sequence for sequence in self.waiting if not sequence.held), None)
 
     @property
     def waiting_tokens(self) -> int:

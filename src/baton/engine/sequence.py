@@ -60,6 +60,10 @@ class Sequence:
     """What the user is told: cached tokens of the prompt when it was first scheduled (on P, where there is one)."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     retractions: int = 0
+    held: bool = False
+    """Not to be computed yet: something it needs is being prepared."""
+    prepared: object | None = None
+    """What was prepared, for whoever needs it (a compiled grammar, for the sampler)."""
     stamps: Stamps = field(default_factory=Stamps)
 
     @classmethod

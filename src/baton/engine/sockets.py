@@ -83,6 +83,34 @@ class Role(Protocol):
     def close(self) -> None: ...
 
 
+class Preparation(Protocol):
+    """What a sequence needs before it can be computed and what takes long, made beside the engine's thread: `Smith`."""
+
+    def begin(self, sequence: Sequence) -> None:
+        """Give it what it needs (`prepared`), or hold it (`held`): then `done` names it later. Returns at once. Who
+        lets go of it earlier, because it has ended, unsets `held`."""
+        ...
+
+    def done(self) -> list[tuple[Sequence, BatonError | None]]:
+        """What is ready since the last time, or why it cannot be made. `held` is still set."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class NothingToPrepare:
+    """The null object."""
+
+    def begin(self, sequence: Sequence) -> None:
+        pass
+
+    def done(self) -> list[tuple[Sequence, BatonError | None]]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
 @dataclass(slots=True)
 class HandoffLoad:
     """Counts for `Load`."""

@@ -22,6 +22,7 @@ from baton.engine.engine import Engine
 from baton.engine.load import Built, build_runner
 from baton.engine.roles import Committer
 from baton.engine.scheduler import Scheduler
+from baton.engine.smith import Smith
 from baton.transports.region import Region
 from baton.worker.channel import ChannelClosed, EngineEnd, Waker
 
@@ -72,7 +73,8 @@ def assemble(engine: EngineConfig, disagg: DisaggConfig, waker: Waker, clock: Cl
     instance = secrets.token_hex(8)
     role = build_role(disagg, scheduler, committer, region, built.layout, instance, clock, waker.wake)
     ready = _ready(engine, disagg, built, instance, role)
-    return Assembly(Engine(scheduler, built.runner, role, clock), region, ready)
+    smith = Smith(built.grammars, waker.wake)
+    return Assembly(Engine(scheduler, built.runner, role, clock, smith), region, ready)
 
 
 def placed(engine: EngineConfig, disagg: DisaggConfig) -> EngineConfig:
