@@ -14,9 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.e2e.stacks import Stack, serve
+from tests.e2e.asking import ENDPOINTS, Ask, ask_all, unlike
+from tests.e2e.stacks import PD, Stack, serve
 from tests.markdown import blocks, shell_lines
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # two engines and Transformers may share two busy cores
 README = Path(__file__).parents[2] / "README.md"
 
 QUESTIONS = (
@@ -28,9 +30,7 @@ QUESTIONS = (
 
 @pytest.fixture(scope="module")
 def stack(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with serve(
-        smollm2, "native(P:d1t1p1|D:d1t1p1)", tmp_path_factory.mktemp("real"), "--chunked-prefill-size", "128"
-    ) as s:
+    with serve(smollm2, PD, tmp_path_factory.mktemp("real"), "--chunked-prefill-size", "128") as s:
         yield s
 
 
@@ -40,7 +40,6 @@ def client(stack: Stack) -> Iterator[openai.OpenAI]:
         yield client
 
 
-@pytest.mark.slow
 def test_smollm2_says_what_transformers_says(client: openai.OpenAI, smollm2: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
@@ -69,7 +68,33 @@ def test_smollm2_says_what_transformers_says(client: openai.OpenAI, smollm2: Pat
     assert "Paris" in (paris.choices[0].message.content or "")
 
 
-@pytest.mark.slow
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}, "rank": {"enum": [1, 2, 3]}},
+    "required": ["city", "rank"],
+    "additionalProperties": False,
+}
+WANTS = {
+    "greedy": Ask(QUESTIONS[0], max_tokens=16, top_logprobs=3),
+    "one token, long": Ask(QUESTIONS[2], max_tokens=1),
+    "stop": Ask(QUESTIONS[0], max_tokens=24, stop=("Paris", "France")),
+    "three": Ask(QUESTIONS[1], max_tokens=12, temperature=0.9, seed=4, n=3),
+    "schema": Ask(QUESTIONS[0], max_tokens=60, temperature=0.7, seed=5, grammar=("json_schema", json.dumps(SCHEMA))),
+}
+
+
+def test_prefill_and_decode_apart_are_one(stack: Stack) -> None:
+    """The decode worker alone, asked without a room, is an undivided engine with the same weights."""
+    asks = {(endpoint, want): (endpoint, ask) for endpoint in ENDPOINTS for want, ask in WANTS.items()}
+    mixed = {key: (*asked, at % 2 == 0) for at, (key, asked) in enumerate(asks.items())}
+    ours = ask_all(stack.url, mixed, at_once=8)
+    theirs = ask_all(stack.worker("decode"), {key: (*asked, False) for key, asked in asks.items()}, at_once=8)
+    assert not unlike(ours, theirs.__getitem__)
+    for endpoint in ENDPOINTS:
+        assert set(json.loads(ours[endpoint, "schema"].said[0].text)) == {"city", "rank"}
+    stack.assert_clean()
+
+
 def test_the_readme_blocks_run(stack: Stack) -> None:
     """The curl line and the Python code, as they stand there."""
     for block in blocks(README, "python"):
