@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -123,10 +124,10 @@ def test_what_is_wrong_is_named(places: dict[str, httpx.Client], path: str, wron
 @pytest.mark.parametrize("path", SAY)
 @pytest.mark.parametrize("kind", GRAMMARS)
 def test_grammars_that_do_not_compile(places: dict[str, httpx.Client], path: str, kind: str) -> None:
-    """Only an engine knows."""
-    for stream in (False, True):
-        body = body_of(path, {kind: GRAMMARS[kind], "stream": stream})
-        check("decode", places["decode"].post(path, json=body), 400, "cannot be used")
+    """Only an engine knows. Of a pair both do, and whoever is heard first says the same."""
+    for where, stream, n in itertools.product(("gateway", "decode"), (False, True), (1, 3)):
+        body = body_of(path, {kind: GRAMMARS[kind], "stream": stream, "n": n})
+        check(where, places[where].post(path, json=body), 400, "cannot be used")
 
 
 @pytest.mark.parametrize("path", [*SAY, "/tokenize", "/detokenize", "/abort_request"])
