@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from baton.engine.kernels import Team
-from baton.engine.quantize import NarrowProjection, PackedProjection, Projection, best_projection, can_multiply
+from baton.engine.panels import DEPTH
+from baton.engine.quantize import PanelProjection, Projection, RoundingProjection, best_projection
 from baton.engine.rowwise import Gate, Norm, activation_name
 
 TEAM = Team(1)
@@ -38,39 +39,52 @@ def test_activations_are_known_by_what_they_do() -> None:
     assert activation_name(nn.GELU()) is None
 
 
+STORED = [torch.float32, torch.bfloat16, torch.int8]
+
+
+def reference(linear: Projection, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The weights that `stored` can hold, [outputs, inputs], and what a product may be wrong by."""
+    weight = linear.weight
+    if stored == torch.int8:
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        return (weight / scale).round() * scale, scale
+    return weight.to(stored).float(), torch.tensor(0.0)
+
+
+@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("bias", [False, True])
-def test_int8_is_the_product_with_rounded_weights(rows: int, bias: bool) -> None:
-    weight, x = torch.randn(100, 66), torch.randn(rows, 66)
-    shift = torch.randn(100) if bias else None
-    narrow = NarrowProjection(weight, shift, torch.int8, 16, TEAM)
-    assert narrow.scale is not None
-    rounded = narrow.weight.float() * narrow.scale[:, None]
-    assert (rounded - weight).abs().max() <= weight.abs().amax() / 127
-    rough = rows > 16 and can_multiply(torch.bfloat16)  # inputs are rounded there
-    torch.testing.assert_close(
-        narrow(x), F.linear(x, rounded, shift), atol=0.3 if rough else 1e-4, rtol=2e-2 if rough else 1e-4
-    )
+@pytest.mark.parametrize(("outputs", "inputs"), [(100, 66), (16, 1), (1, 5), (33, DEPTH + 3), (640, 2 * DEPTH)])
+def test_products_are_those_of_the_stored_weights(stored: torch.dtype, rows: int, outputs: int, inputs: int) -> None:
+    linear = Projection(torch.randn(outputs, inputs), torch.randn(outputs))
+    x, residual = torch.randn(rows, inputs), torch.randn(rows, outputs)
+    weight, error = reference(linear, stored)
+    assert (weight - linear.weight).abs().max() <= max(float(error.max()), 2.0**-8 * float(linear.weight.abs().max()))
+    expected = F.linear(x.double(), weight.double(), linear.bias.double() if linear.bias is not None else None).float()
+    product = PanelProjection(linear, stored, TEAM)
+    torch.testing.assert_close(product(x), expected, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(product.plus(x, residual), residual + expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_bfloat16_rounds_weights_only_while_rows_are_few(rows: int) -> None:
-    weight, x = torch.randn(100, 66), torch.randn(rows, 66)
-    expected = F.linear(x, weight.bfloat16().float())
-    few = NarrowProjection(weight, None, torch.bfloat16, 1000, TEAM)
-    torch.testing.assert_close(few(x), expected, atol=1e-4, rtol=1e-4)
-    many = NarrowProjection(weight, None, torch.bfloat16, 0, TEAM)
-    torch.testing.assert_close(many(x), expected, atol=0.3, rtol=2e-2)
+@pytest.mark.parametrize("stored", STORED)
+def test_a_row_does_not_depend_on_its_batch(stored: torch.dtype) -> None:
+    """Bit for bit: alone, among others, on another number of threads."""
+    linear, x = Projection(torch.randn(200, 300), torch.randn(200)), torch.randn(500, 300)
+    one, three = PanelProjection(linear, stored, TEAM), PanelProjection(linear, stored, Team(3))
+    whole = one(x)
+    assert torch.equal(whole, three(x))
+    for first, last in ((0, 1), (1, 3), (3, 6), (6, 10), (10, 15), (15, 21), (21, 38), (38, 500)):
+        assert torch.equal(whole[first:last], one(x[first:last]))
 
 
-@pytest.mark.skipif(not can_multiply(torch.float32), reason="no oneDNN here")
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("team", [TEAM, None])
-def test_packed_products(rows: int, team: Team | None) -> None:
-    weight, bias, x, residual = torch.randn(96, 64), torch.randn(96), torch.randn(rows, 64), torch.randn(rows, 96)
-    packed = PackedProjection(weight, bias, team)
-    torch.testing.assert_close(packed(x), F.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(packed.plus(x, residual), residual + F.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8])
+def test_inputs_are_rounded_only_where_rows_are_many(stored: torch.dtype) -> None:
+    linear, x = Projection(torch.randn(100, 66), torch.randn(100)), torch.randn(9, 66)
+    exact = PanelProjection(linear, stored, TEAM)
+    rounding = RoundingProjection(linear, stored, TEAM, few_rows=8)
+    assert torch.equal(rounding(x[:8]), exact(x[:8]))
+    assert torch.equal(rounding.plus(x[:8], exact(x[:8])), exact.plus(x[:8], exact(x[:8])))
+    torch.testing.assert_close(rounding(x), exact(x), atol=0.3, rtol=2e-2)
+    torch.testing.assert_close(rounding.plus(x, exact(x)), exact.plus(x, exact(x)), atol=0.3, rtol=2e-2)
 
 
 @pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "int8"])

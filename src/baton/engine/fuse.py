@@ -132,13 +132,12 @@ class Plug(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def convert_linears(model: nn.Module, weight_dtype: str, team: Team, *, roomy: bool) -> None:
-    """Every linear layer of a fused float32 CPU model in its fastest form, one after another. `roomy`: float32 weights
-    may be there twice."""
+def convert_linears(model: nn.Module, weight_dtype: str, team: Team) -> None:
+    """Every linear layer of a fused float32 CPU model in its fastest form, one after another."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    _convert_linears(model, lambda linear: best_projection(linear, weight_dtype, team, roomy=roomy), head)
+    _convert_linears(model, lambda linear: best_projection(linear, weight_dtype, team), head)
     for parent, name in _places_of(model, head):
-        best = best_projection(Projection.merged([head]), weight_dtype, team, is_head=True, roomy=roomy)
+        best = best_projection(Projection.merged([head]), weight_dtype, team, is_head=True)
         setattr(parent, name, Plug(best))
 
 

@@ -19,6 +19,8 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from baton.engine import registers
+
 FASTMATH = {"reassoc", "contract", "arcp", "afn", "nsz"}
 """All liberties but those about infinities and NaNs."""
 
@@ -54,12 +56,8 @@ def _as_float(_typing: Any, bits: Any) -> Any:
 
 
 def _prefetch(_typing: Any, address: Any) -> Any:
-    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        flag = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), (cgutils.voidptr_t, flag, flag, flag))
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        place = builder.inttoptr(values[0], cgutils.voidptr_t)
-        builder.call(function, (place, flag(0), flag(3), flag(1)))  # to read, soon again, data
+    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> None:
+        registers.prefetch(builder, values[0])
 
     return types.void(types.int64), generate
 
@@ -131,9 +129,7 @@ class Kernel:
 
     def __init__(self, body: Callable[[Any], None], layout: str) -> None:
         self.words = struct.Struct("=q" + layout)
-        self._compiled = numba.cfunc(types.void(types.voidptr), fastmath=FASTMATH, error_model="numpy", cache=True)(
-            body
-        )
+        self._compiled = _compile(body)
         self.address: int = self._compiled.address
         self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
 

@@ -24,7 +24,6 @@ from baton.engine.grammar import Grammars, NoGrammars
 from baton.engine.kernels import Team, keep_freed_memory
 from baton.engine.kv_pool import DTYPES, KVPool, pool_bytes
 from baton.engine.model_runner import EagerForward, Forward, ModelRunner
-from baton.engine.quantize import is_roomy
 from baton.engine.sampler import Sampler
 
 GIB = 2**30
@@ -86,10 +85,9 @@ def build_runner(config: EngineConfig, memory: Callable[[int], memoryview] | Non
     model = load_model(settings, resolved, config.load_format)
     layout = kv_layout(shape, resolved, config)
     team = Team(resolved.threads) if resolved.device.type == "cpu" and resolved.dtype == "float32" else None
-    roomy = is_roomy(model)
     check_windows(settings, fuse(model, layout, shape.heads, team))
     if team is not None:
-        convert_linears(model, resolved.weight_dtype, team, roomy=roomy)
+        convert_linears(model, resolved.weight_dtype, team)
     num_pages = count_pages(config, layout, resolved.device)
     buffer = memory(pool_bytes(layout, num_pages)) if memory is not None and resolved.device.type == "cpu" else None
     spare = 0 if resolved.device.type == "cpu" else 1  # for the padding rows of CUDA graphs; in nobody's page table

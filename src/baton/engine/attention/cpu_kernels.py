@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numba import carray, types
 
-from baton.engine.attention.tiles import COLUMNS, ROWS, gather_tile, score_tile
+from baton.engine.attention.tiles import COLUMNS, ROWS, gather_tile, make_blend_tile, make_dot_tile, score_tile
 from baton.engine.kernels import exp, f32, floats, inline, ints, pointer, prefetch, take, tanh
 
 TILE = 192
@@ -55,16 +55,20 @@ def _transform(place: Any, weights: Any, eps: Any, cos: Any, sin: Any, head_dim:
             high[d] = y * cos_high[d] + x * sin_high[d]
 
 
-def _place_of(
-    position: Any, pages: Any, first_page: Any, page_size: Any, page_floats: Any, head_place: Any, head_dim: Any
-) -> Any:
-    """Address of the K of one token and one KV head."""
-    page = np.int64(pages[first_page + position // page_size])
-    return head_place + 4 * (page * page_floats + position % page_size * head_dim)
+def _find(
+    base: Any, first: Any, count: Any, pages: Any, page_size: Any, page_floats: Any, head_place: Any, head_dim: Any
+) -> None:
+    """base[j] = address of the K of position first + j and one KV head; `pages` are those of the sequence."""
+    page, offset = first // page_size, first % page_size
+    for j in range(count):
+        base[j] = head_place + 4 * (np.int64(pages[page]) * page_floats + offset * head_dim)
+        offset += 1
+        if offset == page_size:
+            page, offset = page + 1, 0
 
 
 transform = inline(_transform)
-place_of = inline(_place_of)
+find = inline(_find)
 
 
 def make_write(head_dim: int, group: int) -> Callable[[Any], None]:
@@ -107,6 +111,8 @@ def make_write(head_dim: int, group: int) -> Callable[[Any], None]:
 
 def make_decode(head_dim: int, group: int) -> Callable[[Any], None]:
     """One query position per sequence. A task is (row, KV head): its keys and values are read once for the group."""
+    width = next(n for n in (3, 2, 1) if group % n == 0)
+    dot_tile, blend_tile = make_dot_tile(width, head_dim), make_blend_tile(width, head_dim)
 
     def decode(raw: Any) -> None:
         words = carray(raw, (64,), types.int64)
@@ -114,7 +120,7 @@ def make_decode(head_dim: int, group: int) -> Callable[[Any], None]:
         rows, kv_heads, page_size = words[1], words[3], words[4]
         page_floats, layer_floats = words[5], words[6]
         q_stride = words[7]
-        pages, most_pages = ints(words[20], 1 << 60), words[21]
+        most_pages = words[21]
         starts = ints(words[22], rows)
         window = words[23]
         scale, softcap = f32(numbers[28]), f32(numbers[29])
@@ -131,6 +137,7 @@ def make_decode(head_dim: int, group: int) -> Callable[[Any], None]:
             if task >= rows * kv_heads:
                 break
             row, head = task // kv_heads, task % kv_heads
+            pages = ints(words[20] + 4 * row * most_pages, most_pages)
             end = starts[row] + 1
             begin = max(0, end - window) if window > 0 else 0
             for g in range(group):
@@ -140,25 +147,21 @@ def make_decode(head_dim: int, group: int) -> Callable[[Any], None]:
                     scaled[g, d] = query[d] * scale
                     sums[g, d] = f32(0.0)
             head_place = words[10] + 4 * (layer_floats + head * page_size * head_dim)
-            for j in range(min(BLOCK, end - begin)):
-                base[j] = place_of(begin + j, pages, row * most_pages, page_size, page_floats, head_place, head_dim)
+            find(base, begin, min(BLOCK, end - begin), pages, page_size, page_floats, head_place, head_dim)
             for block in range(begin, end, BLOCK):
                 count = min(BLOCK, end - block)
-                coming = min(BLOCK, end - block - BLOCK)  # may be negative
-                for j in range(coming):  # pages lie far apart: ask for the next block's lines before they are needed
-                    position = block + BLOCK + j
-                    ahead[j] = place_of(position, pages, row * most_pages, page_size, page_floats, head_place, head_dim)
-                for j in range(count):
-                    if j < coming:
+                coming = max(0, min(BLOCK, end - block - BLOCK))
+                find(ahead, block + BLOCK, coming, pages, page_size, page_floats, head_place, head_dim)
+                for j in range(count, (count + ROWS - 1) // ROWS * ROWS):
+                    base[j] = base[count - 1]  # a tile is whole; what is too much of it is not looked at
+                for j in range(0, count, ROWS):
+                    for i in range(j, min(j + ROWS, coming)):  # pages lie far apart: ask for the next block's lines now
                         for line in range(0, 4 * head_dim, 64):
-                            prefetch(ahead[j] + line)
-                            prefetch(ahead[j] + half_bytes + line)
-                    key = floats(base[j], head_dim)
-                    for g in range(group):
-                        score = f32(0.0)
-                        for d in range(head_dim):
-                            score += scaled[g, d] * key[d]
-                        scores[g, j] = score
+                            prefetch(ahead[i] + line)
+                            prefetch(ahead[i] + half_bytes + line)
+                    for g in range(0, group, width):
+                        queries, target = scaled.ctypes.data + 4 * g * head_dim, scores.ctypes.data + 4 * g * BLOCK
+                        dot_tile(base.ctypes.data + 8 * j, queries, target + 4 * j, 4 * BLOCK)
                 for g in range(group):
                     if softcap > f32(0.0):
                         for j in range(count):
@@ -176,20 +179,9 @@ def make_decode(head_dim: int, group: int) -> Callable[[Any], None]:
                     total[g] = total[g] * keep + added
                     for d in range(head_dim):
                         sums[g, d] *= keep
-                whole = count // 4 * 4
-                for j in range(0, whole, 4):
-                    v0, v1 = floats(base[j] + half_bytes, head_dim), floats(base[j + 1] + half_bytes, head_dim)
-                    v2, v3 = floats(base[j + 2] + half_bytes, head_dim), floats(base[j + 3] + half_bytes, head_dim)
-                    for g in range(group):
-                        w0, w1, w2, w3 = scores[g, j], scores[g, j + 1], scores[g, j + 2], scores[g, j + 3]
-                        for d in range(head_dim):
-                            sums[g, d] += w0 * v0[d] + w1 * v1[d] + w2 * v2[d] + w3 * v3[d]
-                for j in range(whole, count):
-                    v0 = floats(base[j] + half_bytes, head_dim)
-                    for g in range(group):
-                        w0 = scores[g, j]
-                        for d in range(head_dim):
-                            sums[g, d] += w0 * v0[d]
+                for g in range(0, group, width):
+                    weights, target = scores.ctypes.data + 4 * g * BLOCK, sums.ctypes.data + 4 * g * head_dim
+                    blend_tile(base.ctypes.data, weights, target, 4 * BLOCK, count, half_bytes)
                 for j in range(coming):
                     base[j] = ahead[j]
             for g in range(group):
@@ -232,7 +224,7 @@ def make_prefill(head_dim: int, group: int) -> Callable[[Any], None]:
         tiles, kv_heads, page_size = words[1], words[3], words[4]
         page_floats, layer_floats = words[5], words[6]
         q_stride = words[7]
-        pages, most_pages = ints(words[20], 1 << 60), words[21]
+        most_pages = words[21]
         table = carray(pointer(words[22]), (tiles, 4), types.int64)  # slice, first row, first position, count
         window = words[23]
         scale, softcap = f32(numbers[28]), f32(numbers[29])
@@ -252,6 +244,7 @@ def make_prefill(head_dim: int, group: int) -> Callable[[Any], None]:
             head = task % kv_heads
             tile = table[task // kv_heads]
             owner, first_row, first, count = tile[0], tile[1], tile[2], tile[3]
+            pages = ints(words[20] + 4 * owner * most_pages, most_pages)
             end = first + count
             begin = max(0, first - window + 1) if window > 0 else 0
             for r in range(TILE):
@@ -265,11 +258,10 @@ def make_prefill(head_dim: int, group: int) -> Callable[[Any], None]:
             sums[:] = f32(0.0)
             head_place = words[10] + 4 * (layer_floats + head * page_size * head_dim)
             for block in range(begin, end, BLOCK):
-                for j in range(BLOCK):
-                    position = min(block + j, end - 1)
-                    base[j] = place_of(
-                        position, pages, owner * most_pages, page_size, page_floats, head_place, head_dim
-                    )
+                seen = min(BLOCK, end - block)
+                find(base, block, seen, pages, page_size, page_floats, head_place, head_dim)
+                for j in range(seen, BLOCK):
+                    base[j] = base[seen - 1]
                 score_block(scores, queries, base, head_dim)
                 if softcap > f32(0.0):
                     for j in range(BLOCK):

@@ -1,78 +1,50 @@
-"""The inner products of prompt attention, in registers.
-
-numba cannot say "sixteen accumulators stay in vector registers", so these two are written in LLVM's own language: a
-tile of 4 x COLUMNS sums is kept in registers while the loop over the inner dimension runs. Each turn of the loop loads
-one row of vectors and four scalars, and multiplies each with each.
-"""
+"""The inner products of attention, in registers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-WIDE = bool(llvm.get_host_cpu_features().get("avx512f"))
-LANES = 16 if WIDE else 8
-VECTORS = 4 if WIDE else 2
-"""Per row of the tile: 4 x VECTORS accumulators, VECTORS operands and a scalar fit into the registers."""
+from baton.engine.registers import (
+    FLOAT,
+    LANES,
+    WIDE,
+    WORD,
+    add_product,
+    load,
+    multiply,
+    new_sums,
+    store,
+    total,
+    words_at,
+)
+
+ROWS, VECTORS = 4, 4 if WIDE else 3
+"""ROWS x VECTORS sums, VECTORS operands and a scalar fit into the registers."""
 COLUMNS = LANES * VECTORS
-ROWS = 4
-
-FLOAT, WORD = ir.FloatType(), ir.IntType(64)
-VECTOR = ir.VectorType(FLOAT, LANES)
-FLAGS = ("contract",)
-
-Place = Callable[[Any, Any], Any]
-
-
-def _vector_at(builder: Any, address: Any, index: int) -> Any:
-    place = builder.add(address, WORD(4 * LANES * index))
-    return builder.inttoptr(place, VECTOR.as_pointer())
-
-
-def _spread(builder: Any, address: Any) -> Any:
-    """The float at `address` in all lanes."""
-    scalar = builder.load(builder.inttoptr(address, FLOAT.as_pointer()))
-    one = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), scalar, ir.IntType(32)(0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
-
-
-def _multiply(builder: Any, depth: Any, left: Callable[[Any, int], Any], right: Any, stride: Any, sums: Any) -> None:
-    """sums[i][v] += sum over step of left(step, i) * vector v of the row at right + step * stride."""
-    with cgutils.for_range(builder, depth) as loop:
-        row = builder.add(right, builder.mul(loop.index, stride))
-        vectors = [builder.load(_vector_at(builder, row, v), align=4) for v in range(VECTORS)]
-        for i in range(ROWS):
-            factor = _spread(builder, left(loop.index, i))
-            for v in range(VECTORS):
-                product = builder.fmul(factor, vectors[v], flags=FLAGS)
-                builder.store(builder.fadd(builder.load(sums[i][v]), product, flags=FLAGS), sums[i][v])
-
-
-def _accumulators(builder: Any) -> Any:
-    return [[cgutils.alloca_once(builder, VECTOR) for _ in range(VECTORS)] for _ in range(ROWS)]
 
 
 def _score_tile(_typing: Any, keys: Any, queries: Any, scores: Any, stride: Any, depth: Any) -> Any:
     def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         keys, queries, scores, stride, depth = values
-        sums = _accumulators(builder)
-        for row in sums:
-            for place in row:
-                builder.store(ir.Constant(VECTOR, [0.0] * LANES), place)
-        words = builder.inttoptr(keys, WORD.as_pointer())
-        rows = [builder.load(builder.gep(words, [WORD(i)])) for i in range(ROWS)]
-        _multiply(
-            builder, depth, lambda step, i: builder.add(rows[i], builder.mul(step, WORD(4))), queries, stride, sums
-        )
+        sums = new_sums(builder, ROWS, VECTORS)
+        rows = words_at(builder, keys, ROWS)
+
+        def left(step: Any, i: int) -> Any:
+            return builder.add(rows[i], builder.mul(step, WORD(4)))
+
+        def right(step: Any) -> Any:
+            row = builder.add(queries, builder.mul(step, stride))
+            return [load(builder, row, v) for v in range(VECTORS)]
+
+        multiply(builder, depth, left, right, sums)
         for i in range(ROWS):
             target = builder.add(scores, builder.mul(stride, WORD(i)))
             for v in range(VECTORS):
-                builder.store(builder.load(sums[i][v]), _vector_at(builder, target, v), align=4)
+                store(builder, builder.load(sums[i][v]), target, v)
 
     word = types.int64
     return types.void(word, word, word, word, word), generate
@@ -81,21 +53,25 @@ def _score_tile(_typing: Any, keys: Any, queries: Any, scores: Any, stride: Any,
 def _gather_tile(_typing: Any, values: Any, weights: Any, target: Any, stride: Any, depth: Any, offset: Any) -> Any:
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         values, weights, target, stride, depth, offset = arguments
-        sums = _accumulators(builder)
+        sums = new_sums(builder, ROWS, VECTORS)
         places = [builder.add(target, builder.mul(stride, WORD(i))) for i in range(ROWS)]
         for i in range(ROWS):
             for v in range(VECTORS):
-                builder.store(builder.load(_vector_at(builder, places[i], v), align=4), sums[i][v])
+                builder.store(load(builder, places[i], v), sums[i][v])
         words = builder.inttoptr(values, WORD.as_pointer())
 
         def left(step: Any, i: int) -> Any:
             row = builder.load(builder.gep(words, [step]))
             return builder.add(builder.add(row, offset), WORD(4 * i))
 
-        _multiply(builder, depth, left, weights, stride, sums)
+        def right(step: Any) -> Any:
+            row = builder.add(weights, builder.mul(step, stride))
+            return [load(builder, row, v) for v in range(VECTORS)]
+
+        multiply(builder, depth, left, right, sums)
         for i in range(ROWS):
             for v in range(VECTORS):
-                builder.store(builder.load(sums[i][v]), _vector_at(builder, places[i], v), align=4)
+                store(builder, builder.load(sums[i][v]), places[i], v)
 
     word = types.int64
     return types.void(word, word, word, word, word, word), generate
@@ -108,3 +84,81 @@ queries[d, c], for i < ROWS and c < COLUMNS. `keys` is the address of ROWS addre
 gather_tile = intrinsic(_gather_tile)
 """gather_tile(values, weights, target, stride, depth, offset): target[i, c] += sum over j < depth of
 V_j[offset / 4 + i] * weights[j, c]. `values` is the address of `depth` addresses of rows of V."""
+
+
+# --- one query position: vectors along the head -------------------------------------------------------------------
+
+
+def lanes_of(head_dim: int) -> int:
+    """A head is a multiple of 8 floats; a multiple of 16 is taken in wider vectors where there are some."""
+    return LANES if head_dim % LANES == 0 else 8
+
+
+def make_dot_tile(width: int, head_dim: int) -> Any:
+    """dot_tile(keys, queries, scores, stride), all int64: scores[g, i] = K_i . queries[g], for g < width and i < ROWS.
+    `keys` is the address of ROWS addresses of rows of K, `queries` that of a matrix [width, head_dim], and rows of
+    `scores` are `stride` bytes apart."""
+    lanes = lanes_of(head_dim)
+
+    def dot_tile(_typing: Any, keys: Any, queries: Any, scores: Any, stride: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+            keys, queries, scores, stride = values
+            sums = new_sums(builder, ROWS, width, lanes)
+            rows = words_at(builder, keys, ROWS)
+            with cgutils.for_range(builder, WORD(head_dim // lanes)) as loop:
+                at = builder.mul(loop.index, WORD(4 * lanes))
+                query = builder.add(queries, at)
+                each = [load(builder, builder.add(query, WORD(4 * head_dim * g)), 0, lanes) for g in range(width)]
+                for i in range(ROWS):
+                    key = load(builder, builder.add(rows[i], at), 0, lanes)
+                    for g in range(width):
+                        add_product(builder, key, each[g], sums[i][g])
+            for g in range(width):
+                for i in range(ROWS):
+                    place = builder.add(builder.add(scores, builder.mul(stride, WORD(g))), WORD(4 * i))
+                    score = total(builder, builder.load(sums[i][g]))
+                    builder.store(score, builder.inttoptr(place, ir.PointerType(FLOAT)))
+
+        word = types.int64
+        return types.void(word, word, word, word), generate
+
+    return intrinsic(dot_tile)
+
+
+def make_blend_tile(width: int, head_dim: int) -> Any:
+    """blend_tile(values, weights, target, stride, count, offset): target[g] += sum over j < count of weights[g, j] *
+    V_j, for g < width. `values` is the address of `count` addresses, V_j lies `offset` bytes beyond; `target` is that
+    of a matrix [width, head_dim], and rows of `weights` are `stride` bytes apart."""
+    lanes = lanes_of(head_dim)
+    vectors = next(n for n in (4, 3, 2, 1) if head_dim // lanes % n == 0)
+
+    def blend_tile(_typing: Any, values: Any, weights: Any, target: Any, stride: Any, count: Any, offset: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            values, weights, target, stride, count, offset = arguments
+            words = builder.inttoptr(values, WORD.as_pointer())
+            rows = [builder.add(weights, builder.mul(stride, WORD(g))) for g in range(width)]
+            with cgutils.for_range(builder, WORD(head_dim // lanes // vectors)) as part:
+                at = builder.mul(part.index, WORD(4 * lanes * vectors))
+                places = [builder.add(builder.add(target, at), WORD(4 * head_dim * g)) for g in range(width)]
+                sums = new_sums(builder, width, vectors, lanes)
+                for g in range(width):
+                    for v in range(vectors):
+                        builder.store(load(builder, places[g], v, lanes), sums[g][v])
+                shift = builder.add(offset, at)
+
+                def left(step: Any, g: int) -> Any:
+                    return builder.add(rows[g], builder.mul(step, WORD(4)))
+
+                def right(step: Any) -> Any:
+                    row = builder.add(builder.load(builder.gep(words, [step])), shift)
+                    return [load(builder, row, v, lanes) for v in range(vectors)]
+
+                multiply(builder, count, left, right, sums)
+                for g in range(width):
+                    for v in range(vectors):
+                        store(builder, builder.load(sums[g][v]), places[g], v)
+
+        word = types.int64
+        return types.void(word, word, word, word, word, word), generate
+
+    return intrinsic(blend_tile)
