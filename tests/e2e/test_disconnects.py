@@ -19,16 +19,17 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from baton.base.config import GatewayConfig
 from baton.gateway.app import serving
 from tests.e2e.asking import ENDPOINTS, Answer, Ask, ask_all, unlike
 from tests.e2e.asking import client as asking
-from tests.e2e.stacks import Stack
+from tests.e2e.stacks import Stack, client
 
 PATIENCE = 30.0
 PATHS = {"generate": "/generate", "completions": "/v1/completions", "chat": "/v1/chat/completions"}
-POLITE = {
+POLITE: dict[tuple[str, str], tuple[str, Ask, bool]] = {
     (endpoint, name): (endpoint, ask, stream)
     for endpoint in ENDPOINTS
     for name, ask, stream in (
@@ -50,6 +51,7 @@ class Visit:
     n: int
     stream: bool
     moment: int
+    tokens: int = 60
 
 
 class Guest:
@@ -67,11 +69,11 @@ class Guest:
         body: dict[str, Any] = {"rid": self.rid, "stream": visit.stream}
         match visit.endpoint:
             case "generate":
-                body |= {"text": prompt, "sampling_params": {**sampling, "max_new_tokens": 60}}
+                body |= {"text": prompt, "sampling_params": {**sampling, "max_new_tokens": visit.tokens}}
             case "completions":
-                body |= {"prompt": prompt, **sampling, "max_tokens": 60}
+                body |= {"prompt": prompt, **sampling, "max_tokens": visit.tokens}
             case "chat":
-                body |= {"messages": [{"role": "user", "content": prompt}], **sampling, "max_tokens": 60}
+                body |= {"messages": [{"role": "user", "content": prompt}], **sampling, "max_tokens": visit.tokens}
         data = json.dumps(body).encode()
         head = f"POST {PATHS[visit.endpoint]} HTTP/1.1\r\nhost: x\r\nconnection: {connection}\r\n"
         return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
@@ -211,7 +213,10 @@ def polite(unified: Stack) -> dict[tuple[str, str], Answer]:
     return ask_all(unified.url, POLITE, at_once=len(POLITE))
 
 
-async def receive(stack: Stack, history: list[Visit]) -> dict[tuple[str, str], Answer]:
+Asks = dict[tuple[str, str], tuple[str, Ask, bool]]
+
+
+async def receive(stack: Stack, history: list[Visit], polite: Asks) -> dict[tuple[str, str], Answer]:
     """All guests at once, the polite ones among them."""
 
     async def visit(one: Visit) -> None:
@@ -221,12 +226,12 @@ async def receive(stack: Stack, history: list[Visit]) -> dict[tuple[str, str], A
         except TimeoutError:
             raise AssertionError(f"never heard the end: {one}") from None
 
-    async with asking(stack.url) as client, asyncio.TaskGroup() as group:
+    async with asking(stack.url) as asker, asyncio.TaskGroup() as group:
         for one in history:
             group.create_task(visit(one))
         answers = {
-            key: group.create_task(client.ask(endpoint, ask, stream=stream))
-            for key, (endpoint, ask, stream) in POLITE.items()
+            key: group.create_task(asker.ask(endpoint, ask, stream=stream))
+            for key, (endpoint, ask, stream) in polite.items()
         }
     return {key: answer.result() for key, answer in answers.items()}
 
@@ -243,10 +248,28 @@ async def receive(stack: Stack, history: list[Visit]) -> dict[tuple[str, str], A
 def test_whoever_leaves_whenever_takes_nothing_along(
     pd: Stack, polite: dict[tuple[str, str], Answer], history: list[Visit]
 ) -> None:
-    answers = asyncio.run(receive(pd, history))
+    answers = asyncio.run(receive(pd, history, POLITE))
     assert not unlike(answers, polite.__getitem__)
     pd.settle()
     assert not unlike(ask_all(pd.url, POLITE, at_once=len(POLITE)), polite.__getitem__)
+
+
+@pytest.mark.parametrize("endpoint", PATHS)
+@pytest.mark.parametrize("manner", ["leave_after_events", "abort"])
+def test_what_nobody_waits_for_is_not_computed(pd: Stack, endpoint: str, manner: str) -> None:
+    """Pages would come back at the end of an answer, too."""
+    history = [Visit(manner, endpoint, 1, 1, True, moment=3, tokens=480) for _ in range(6)]
+    before = generated(pd)
+    asyncio.run(receive(pd, history, {}))
+    pd.settle()
+    assert generated(pd) - before < 6 * 480 / 2
+
+
+def generated(stack: Stack) -> int:
+    """Tokens computed by the decode worker since it started."""
+    with client(stack.worker("decode")) as http:
+        samples = [s for f in text_string_to_metric_families(http.get("/metrics").text) for s in f.samples]
+    return next(int(s.value) for s in samples if s.name == "baton_engine_generated_tokens_total")
 
 
 BUSY = [
