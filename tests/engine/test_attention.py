@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,11 +45,12 @@ class Bench:
         self.plain = PlainAttention(self.pools[1], self.heads)
 
     def rows(self, slices: list[tuple[int, int]]) -> Rows:
-        """Slices of (start, count), decode steps first, on pages in no order."""
+        """Slices of (start, count), those of one token being decode steps, on pages in no order."""
         free = torch.randperm(self.pages).tolist()
         batch = []
         for start, count in sorted(slices, key=lambda slice: slice[1] > 1):
-            sequence = Sequence("", [0] * (start + count), start + count, Sampling(max_tokens=1))
+            prompt_len = start if count == 1 else start + count
+            sequence = Sequence("", [0] * (start + count), prompt_len, Sampling(max_tokens=1))
             sequence.pages = [free.pop() for _ in range(-(-(start + count) // self.page_size))]
             batch.append(Slice(sequence, start, count, True))
         return lay_out(batch, self.page_size)
@@ -109,6 +111,20 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     alone = Rows(rows.positions[1:2], rows.pages[1:2], rows.starts[1:2], rows.counts[1:2], rows.first_rows[:1], 1)
     again = bench.cpu.begin(alone).attend(Spec(0, 0.25), query[1:2], key[1:2], key[1:2])
     assert torch.equal(together[1:2], again)
+
+
+@pytest.mark.parametrize("window", [0, 50, 70])
+def test_a_prompt_token_has_the_same_bits_in_any_chunk(window: int) -> None:
+    bench, spec = Bench(), Spec(0, 0.25, window)
+    rows = bench.rows([(0, 300)])
+    query, key = torch.randn(rows.count, 6, HEAD_DIM), torch.randn(rows.count, 2, HEAD_DIM)
+    together = bench.cpu.begin(rows).attend(spec, query, key, key)
+    for first, count in ((299, 1), (0, 1), (17, 30), (130, 170), (64, 64)):
+        starts, counts = np.array([first], np.int32), np.array([count], np.int32)
+        alone = Rows(rows.positions[first : first + count], rows.pages, starts, counts, rows.first_rows, 0)
+        some = slice(first, first + count)
+        again = bench.cpu.begin(alone).attend(spec, query[some], key[some], key[some])
+        assert torch.equal(together[some], again)
 
 
 def test_scores_that_are_huge_stay_finite() -> None:

@@ -78,3 +78,20 @@ def test_forgetting_is_idempotent(built: Built) -> None:
     sequence = Sequence.of(Generate("never seen", (1,), request("a", [1], 1).sampling), 0.0)
     built.runner.forget(sequence)
     built.runner.forget(sequence)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 44, 512])
+@pytest.mark.parametrize("others", [0, 5])
+def test_neither_chunks_nor_others_move_a_single_bit(built: Built, chunk: int, others: int) -> None:
+    """float32 on the CPU: logprobs, not only tokens, are those of a sequence that was alone and computed at once."""
+
+    def logprobs(chunk: int, others: int) -> list[float]:
+        draw = random.Random(5)
+        company = [[draw.randrange(3, 199) for _ in range(draw.randrange(2, 60))] for _ in range(others)]
+        requests = [request("one", PROMPT, 12, logprobs=0, prompt_logprobs=0)]
+        requests += [request(str(index), prompt, 20) for index, prompt in enumerate(company)]
+        heard = drive(engine_of(built, chunk=chunk, pages=32, prefix_caching=False), requests)["one"]
+        return [one.logprob for m in heard for one in (*m.prompt_logprobs, *m.logprobs)]
+
+    assert len(logprobs(chunk, others)) == len(PROMPT) - 1 + 12
+    assert logprobs(chunk, others) == logprobs(512, 0)

@@ -63,7 +63,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Seq[Slice]) -> list[Sampled]:
         """One forward step; results in the batch's order. Raises what the sampler raises."""
-        order = sorted(range(len(batch)), key=lambda index: batch[index].count > 1)  # stable: decode steps first
+        order = sorted(range(len(batch)), key=lambda index: not batch[index].is_decode)  # stable: decode steps first
         ordered = [batch[index] for index in order]
         results: list[Sampled] = [Sampled()] * len(batch)
         for index, result in zip(order, self._compute(ordered), strict=True):

@@ -15,7 +15,7 @@ from baton.engine.sequence import Sequence
 class Slice:
     """Tokens [start, start + count) of a sequence, to be computed in one step.
 
-    Its KV goes to the sequence's pages; everything before `start` is there already. A decode step is a slice of one.
+    Its KV goes to the sequence's pages; everything before `start` is there already.
     """
 
     sequence: Sequence
@@ -23,6 +23,12 @@ class Slice:
     count: int
     sample: bool
     """The slice reaches the last token: draw the next one."""
+
+    @property
+    def is_decode(self) -> bool:
+        """One token of the answer. A last prompt token that stands alone is no decode step: kernels compute it as the
+        rest of its prompt, so that the borders of chunks leave no trace in the last bits."""
+        return self.count == 1 and self.start >= self.sequence.prompt_len
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ class Attention(Protocol):
 
 
 def lay_out(batch: Seq[Slice], page_size: int) -> Rows:
-    """The rows of `batch`, whose decode steps (slices of one token) must come first."""
+    """The rows of `batch`, whose decode steps must come first."""
     counts = np.array([piece.count for piece in batch], dtype=np.int32)
     starts = np.array([piece.start for piece in batch], dtype=np.int32)
     first_rows = np.cumsum(counts, dtype=np.int32) - counts
@@ -101,7 +101,7 @@ def lay_out(batch: Seq[Slice], page_size: int) -> Rows:
     for index, piece in enumerate(batch):
         pages[index, : used[index]] = piece.sequence.pages[: used[index]]
     positions = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(starts - first_rows, counts)
-    return Rows(positions, pages, starts, counts, first_rows, int((counts == 1).sum()))
+    return Rows(positions, pages, starts, counts, first_rows, sum(piece.is_decode for piece in batch))
 
 
 def slots_of(rows: Rows, page_size: int) -> NDArray[np.int64]:

@@ -246,7 +246,7 @@ def make_prefill(head_dim: int, group: int) -> Callable[[Any], None]:
             owner, first_row, first, count = tile[0], tile[1], tile[2], tile[3]
             pages = ints(words[20] + 4 * owner * most_pages, most_pages)
             end = first + count
-            begin = max(0, first - window + 1) if window > 0 else 0
+            begin = max(0, first - window + 1) // BLOCK * BLOCK if window > 0 else 0  # the same blocks for every tile
             for r in range(TILE):
                 at = min(r // group, count - 1)
                 position_of[r] = first + at
