@@ -180,11 +180,13 @@ class Contender:
 
 
 def start_all(arguments: argparse.Namespace) -> list[Contender]:
+    from baton.controller.heavy import ENGINE_ENVIRONMENT
+
     model, threads = arguments.model, str(arguments.threads)
     contenders = []
     for weight_dtype in arguments.weight_dtype:
         ours = ["--serve", model, weight_dtype, threads, str(arguments.chunk), arguments.load_format]
-        contenders.append(Contender.start(f"baton {weight_dtype}", Path(sys.executable), ours, {}))
+        contenders.append(Contender.start(f"baton {weight_dtype}", Path(sys.executable), ours, ENGINE_ENVIRONMENT))
     if arguments.vllm:
         environment = {
             "HF_HUB_OFFLINE": "1",

@@ -136,11 +136,13 @@ class Link:
         self._inbox.put(Exited(name, run, code))
 
 
-BRIEF_SPINS = {"GOMP_SPINCOUNT": "2000"}
-"""OpenMP reads this when it is loaded, so it must stand before the preload. Threads that wait for each other spin for
-some microseconds and then sleep: an engine shares its cores with fronts, gateway and whatever else runs. Spinning for
-long, as is the default, makes a step many times slower on a busy machine; sleeping at once halves prefill on a quiet
-one (docs/benchmarks.md). The user's own setting wins."""
+ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000", "THP_MEM_ALLOC_ENABLE": "1"}
+"""Libraries read this when they are loaded, so it must stand before the preload; the user's own settings win.
+
+OpenMP: threads that wait for each other spin for some microseconds and then sleep, because an engine shares its cores
+with fronts, gateway and whatever else runs. Spinning for long, as is the default, makes a step many times slower on a
+busy machine; sleeping at once halves prefill on a quiet one (docs/benchmarks.md). torch: large tensors lie in huge pages
+where the system grants them, for weights are read from one end to the other at every step."""
 
 
 def _launch(preload: Sequence[str], log: Path) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
@@ -157,7 +159,7 @@ def _launch(preload: Sequence[str], log: Path) -> tuple[subprocess.Popen[bytes],
                 stderr=output,
                 start_new_session=True,
                 pass_fds=(theirs.fileno(), ear),
-                env={**BRIEF_SPINS, **os.environ},
+                env={**ENGINE_ENVIRONMENT, **os.environ},
             )
     finally:
         os.close(ear)
