@@ -159,3 +159,10 @@ def test_a_broken_trace_is_refused_with_its_line(tmp_path, content: str, message
 def test_an_unknown_dataset_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match='did you mean "azure-code"'):
         load_trace("azure-cod")
+
+
+def test_prompts_of_another_length_do_not_begin_alike() -> None:
+    """Two loads with one seed, one after the other: the second finds nothing in a prefix cache."""
+    long, short = (plan(BenchConfig(input_len=length, requests=24)) for length in ("512", "128"))
+    beginnings = {job.prompt[at : at + 16] for job in long for at in range(0, 512, 16)}
+    assert not any(job.prompt[:16] in beginnings for job in short)

@@ -141,8 +141,8 @@ ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000", "THP_MEM_ALLOC_ENABLE": "1"}
 
 OpenMP: threads that wait for each other spin for some microseconds and then sleep, because an engine shares its cores
 with fronts, gateway and whatever else runs. Spinning for long, as is the default, makes a step many times slower on a
-busy machine; sleeping at once halves prefill on a quiet one (docs/benchmarks.md). torch: large tensors lie in huge pages
-where the system grants them, for weights are read from one end to the other at every step."""
+busy machine; sleeping at once halves prefill on a quiet one (docs/benchmarks.md). torch: large tensors lie in huge
+pages where the system grants them, for weights are read from one end to the other at every step."""
 
 
 def _launch(preload: Sequence[str], log: Path) -> tuple[subprocess.Popen[bytes], socket.socket, int]:

@@ -106,6 +106,12 @@ def _ids(count: int, vocab: int, random: np.random.Generator) -> tuple[int, ...]
     return tuple(random.integers(min(256, vocab // 4), vocab, count).tolist())
 
 
+def _own_ids(config: BenchConfig, index: int, count: int) -> tuple[int, ...]:
+    """What no other request has. The count is part of the stream's name: with one seed, prompts of another length would
+    begin alike, and a server that has seen the ones would find the others in its prefix cache."""
+    return _ids(count, config.vocab, _stream(config, PROMPTS, index, count))
+
+
 def _arrivals(config: BenchConfig, rows: Sequence[TraceRow]) -> list[float | None]:
     rate = parse_rate(config.rate)
     if rate is None:
@@ -132,25 +138,23 @@ def _synthetic_prompts(config: BenchConfig, inputs: Sequence[int]) -> Iterator[t
     lengths = [_cut(length, config.length_scale, config.max_input_len) for length in inputs]
     longest = round(max(lengths, default=0) * config.shared_prefix)
     prefixes = [_ids(longest, config.vocab, _stream(config, PREFIXES, group)) for group in range(config.prefix_groups)]
-    random = _stream(config, PROMPTS)
     for index, length in enumerate(lengths):
         shared = round(length * config.shared_prefix)
-        yield prefixes[index % config.prefix_groups][:shared] + _ids(length - shared, config.vocab, random)
+        yield prefixes[index % config.prefix_groups][:shared] + _own_ids(config, index, length - shared)
 
 
 def _trace(config: BenchConfig) -> tuple[list[TraceRow], list[tuple[int, ...]]]:
     rows = load_trace(config.dataset)[: config.requests]
-    random = _stream(config, PROMPTS)
-    return rows, [_trace_prompt(config, row, random) for row in rows]
+    return rows, [_trace_prompt(config, row, index) for index, row in enumerate(rows)]
 
 
-def _trace_prompt(config: BenchConfig, row: TraceRow, random: np.random.Generator) -> tuple[int, ...]:
+def _trace_prompt(config: BenchConfig, row: TraceRow, index: int) -> tuple[int, ...]:
     """A prompt of the recorded length; equal hash ids give equal blocks, so that prefixes repeat as they did."""
     length = _cut(row.input_len, config.length_scale, config.max_input_len)
     if not row.blocks:
-        return _ids(length, config.vocab, random)
+        return _own_ids(config, index, length)
     size = max(1, round(MOONCAKE_BLOCK * config.length_scale))
     wanted = row.blocks[: -(-length // size)]
     tokens = [token for block in wanted for token in _ids(size, config.vocab, _stream(config, BLOCKS, block))]
-    tokens += _ids(max(0, length - len(tokens)), config.vocab, random)
+    tokens += _own_ids(config, index, max(0, length - len(tokens)))
     return tuple(tokens[:length])
