@@ -94,10 +94,18 @@ class Worker:
 
     def turn(self) -> bool:
         said = self.engine.expire() + self.engine.step()
+        self._note(said)
+        return bool(said) or self.engine.busy
+
+    def hear(self) -> bool:
+        """Hand-offs make progress, and nothing is computed."""
+        self._note(self.engine.poll())
+        return True
+
+    def _note(self, said: Sequence[object]) -> None:
         for message in said:
             assert isinstance(message, Tokens | Failed)
             self.heard.setdefault(message.id, []).append(message)
-        return bool(said) or self.engine.busy
 
     def send(self, message: Generate | Abort) -> None:
         for answer in self.engine.handle(message):

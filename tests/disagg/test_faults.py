@@ -535,7 +535,7 @@ def test_a_deadline_while_the_first_token_waits_for_a_place(make_pair: MakePair)
     pair.decode.send(pair.request("whole", prompt(8), 0, ticket=False, max_tokens=200))  # takes the only place
     pair.decode.turn()
     pair.prefill.send(request)
-    pair.pump(lambda: bool(pair.decode.heard.get("r")))
+    pair.pump(lambda: pair.decode.hear() and bool(pair.decode.heard.get("r")), pair.prefill)  # "whole" stays as it is
     assert not pair.decode.ended("r")
     assert pair.decode.role.next_deadline() == 1010.0
     clock.advance(11)

@@ -24,7 +24,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from baton.engine.kernels import Kernel, Team, floats, take
+from baton.engine.kernels import Kernel, Team, floats, inline, take
 from baton.engine.registers import (
     BYTE,
     LANES,
@@ -130,6 +130,34 @@ def _make_tile(rows: int, kind: int) -> Any:
     return intrinsic(tile)
 
 
+def _finish(words: Any, place: Any, row: Any, column: Any, columns: Any, first: Any) -> None:
+    """A row of a tile becomes outputs: times scale, plus bias and residual if it is the first part of the inputs, else
+    added to what is there."""
+    at = 4 * (row * words[2] + column)
+    total, y = floats(place, columns), floats(words[10] + at, columns)
+    if words[8] != 0:
+        scale = floats(words[8] + 4 * column, columns)
+        for c in range(columns):
+            total[c] *= scale[c]
+    if first and words[9] != 0:
+        bias = floats(words[9] + 4 * column, columns)
+        for c in range(columns):
+            total[c] += bias[c]
+    if first and words[11] != 0:
+        residual = floats(words[11] + at, columns)
+        for c in range(columns):
+            total[c] += residual[c]
+    if first:
+        for c in range(columns):
+            y[c] = total[c]
+    else:
+        for c in range(columns):
+            y[c] += total[c]
+
+
+finish = inline(_finish)
+
+
 def _make_multiply(kind: int) -> Callable[[Any], None]:
     """A task is a block of rows times a span of panels; `kind`: bytes per weight (1 int8, 2 bfloat16, 4 float32)."""
     tile1, tile2, tile3, tile4, tile = (_make_tile(rows, kind) for rows in (1, 2, 3, 4, ROWS))
@@ -170,26 +198,7 @@ def _make_multiply(kind: int) -> Callable[[Any], None]:
                         else:
                             tile(source, weights, target, depth)
                         for i in range(count):
-                            at = 4 * ((row + i) * outputs + column)
-                            total, y = floats(target + 4 * i * COLUMNS, columns), floats(words[10] + at, columns)
-                            if words[8] != 0:
-                                scale = floats(words[8] + 4 * column, columns)
-                                for c in range(columns):
-                                    total[c] *= scale[c]
-                            if start > 0:
-                                for c in range(columns):
-                                    y[c] += total[c]
-                                continue
-                            if words[9] != 0:
-                                bias = floats(words[9] + 4 * column, columns)
-                                for c in range(columns):
-                                    total[c] += bias[c]
-                            if words[11] != 0:
-                                residual = floats(words[11] + at, columns)
-                                for c in range(columns):
-                                    total[c] += residual[c]
-                            for c in range(columns):
-                                y[c] = total[c]
+                            finish(words, target + 4 * i * COLUMNS, row + i, column, columns, start == 0)
 
     return multiply
 
