@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from baton.base.config import EngineConfig
+from baton.base.messages import Generate
 from baton.engine.load import Built, build_runner
+from baton.engine.sequence import Sequence
+from baton.engine.sockets import Slice
 
 from .drive import drive, engine_of, request, texts
 from .models import make
@@ -72,9 +76,6 @@ def test_two_threads_say_the_same_as_one(path: Path, built: Built) -> None:
 
 
 def test_forgetting_is_idempotent(built: Built) -> None:
-    from baton.base.messages import Generate
-    from baton.engine.sequence import Sequence
-
     sequence = Sequence.of(Generate("never seen", (1,), request("a", [1], 1).sampling), 0.0)
     built.runner.forget(sequence)
     built.runner.forget(sequence)
@@ -95,3 +96,39 @@ def test_neither_chunks_nor_others_move_a_single_bit(built: Built, chunk: int, o
 
     assert len(logprobs(chunk, others)) == len(PROMPT) - 1 + 12
     assert logprobs(chunk, others) == logprobs(512, 0)
+
+
+@pytest.mark.parametrize("resumed", [1, 2, 7, 19])
+@pytest.mark.parametrize("chunk", [5, 512])
+def test_going_on_elsewhere_moves_no_bit(built: Built, resumed: int, chunk: int) -> None:
+    """An answer's tokens that come with the request are computed as decode steps are: what follows is the same."""
+    sampling: dict[str, object] = {"temperature": 0.9, "seed": 4, "logprobs": 2, "repetition_penalty": 1.2}
+    whole = drive(engine_of(built, prefix_caching=False), [request("a", PROMPT, 20, **sampling)])["a"]
+    tokens = [token for message in whole for token in message.tokens]
+    again = request("a", [*PROMPT, *tokens[:resumed]], 20, **sampling)
+    again = msgspec.structs.replace(again, resumed=resumed)
+    rest = drive(engine_of(built, chunk=chunk, prefix_caching=False), [again])["a"]
+    assert [(m.tokens, m.logprobs, m.finish) for m in rest] == [
+        (m.tokens, m.logprobs, m.finish) for m in whole[resumed:]
+    ]
+    assert rest[-1].usage is not None
+    assert (rest[-1].usage.prompt_tokens, rest[-1].usage.completion_tokens) == (len(PROMPT), 20)
+
+
+def test_preemption_moves_no_bit(built: Built) -> None:
+    requests = [request(str(index), PROMPT[index:], 25, logprobs=0) for index in range(6)]
+    roomy, tight = engine_of(built, prefix_caching=False), engine_of(built, pages=7, prefix_caching=False)
+    wanted, heard = drive(roomy, requests), drive(tight, requests)
+    assert tight.scheduler.retractions > roomy.scheduler.retractions == 0
+    for id, messages in wanted.items():
+        assert [m.logprobs for m in heard[id]] == [m.logprobs for m in messages]
+
+
+def test_logprobs_of_a_prompt_that_is_computed_again_with_its_answer(built: Built) -> None:
+    """One slice with both: the prompt's logprobs are the prompt's only, and the token is the answer's next."""
+    sequence = Sequence.of(request("a", [*PROMPT, 9, 8], 20, prompt_logprobs=0), 0.0)
+    sequence.prompt_len = len(PROMPT)
+    sequence.pages = list(range(8))
+    (result,) = built.runner.run([Slice(sequence, 0, len(PROMPT) + 2, True)])
+    assert [entry.token for entry in result.prompt_logprobs] == PROMPT[1:]
+    assert result.token is not None

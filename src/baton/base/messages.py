@@ -10,6 +10,7 @@ in `baton.disagg.wire`, with the same codec.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, Literal
 
 import msgspec
@@ -57,6 +58,15 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """As `logprobs`, for prompt positions; such a request does not use the prefix cache."""
     prompt_logprobs_start: int = 0
     grammar: Grammar | None = None
+
+    def end(self, token: int, count: int, eos_token_ids: Container[int]) -> Finish | None:
+        """Is `token`, the output's token number `count` (from 1), its last one, and why?"""
+        if count >= self.min_tokens:
+            if token in self.stop_token_ids:
+                return Finish("stop", token)
+            if token in eos_token_ids and not self.ignore_eos:
+                return Finish("stop", token)
+        return Finish("length") if count >= self.max_tokens else None
 
 
 class Ticket(msgspec.Struct, frozen=True, array_like=True):
@@ -122,6 +132,9 @@ class Generate(Message, frozen=True, array_like=True, tag=True):
     priority: int = 0
     cache_salt: str = ""
     deadline: float | None = None
+    resumed: int = 0
+    """How many of `tokens`, the last ones, are output that another worker has generated: it goes on after them. All
+    that counts output (`max_tokens`, penalties, usage, the draws' positions) counts them."""
 
 
 class Abort(Message, frozen=True, array_like=True, tag=True):
@@ -167,7 +180,8 @@ class Ready(Message, frozen=True, array_like=True, tag=True):
 
 
 class Tokens(Message, frozen=True, array_like=True, tag=True):
-    """New tokens of a sequence, in order. The last one carries `finish`, `usage` and `timeline`."""
+    """New tokens of a sequence, in order. The first one carries a `timeline` as far as it is known, the last one
+    `finish`, `usage` and all of the `timeline`."""
 
     id: str
     tokens: tuple[int, ...]

@@ -157,7 +157,7 @@ class Decode:
     @property
     def handoffs(self) -> HandoffLoad:
         self._load.waiting = len(self._waiting)
-        self._load.waiting_tokens = sum(incoming.sequence.prompt_len for incoming in self._waiting)
+        self._load.waiting_tokens = sum(incoming.sequence.given_len for incoming in self._waiting)
         self._load.open = self._under_way + len(self._draining)
         self._load.quarantined_pages = sum(len(incoming.sequence.pages) for incoming in self._draining.values())
         return self._load
@@ -229,7 +229,7 @@ class Decode:
         self._load.done += 1
         self._load.bytes += len(offer.pages) * self._layout.page_bytes
         self._load.seconds += now - incoming.started
-        sequence.computed_len = sequence.prompt_len
+        sequence.computed_len = sequence.given_len
         sequence.usage_cached_len = manifest.cached_tokens
         if manifest.seed != sequence.sampling.seed:
             sequence.sampling = msgspec.structs.replace(sequence.sampling, seed=manifest.seed)
@@ -262,7 +262,7 @@ class Decode:
             return False
         if any(waiting.retractions for waiting in scheduler.waiting):
             return False
-        return scheduler.pool.free >= self._layout.pages_for(sequence.prompt_len) + len(scheduler.running)
+        return scheduler.pool.free >= self._layout.pages_for(sequence.given_len) + len(scheduler.running)
 
     def _offer(self, incoming: Incoming) -> None:
         sequence, handoff, size = incoming.sequence, incoming.handoff, self._layout.page_size
@@ -270,7 +270,7 @@ class Decode:
         incoming.offer = Offer(
             handoff.room,
             handoff.epoch,
-            sequence.prompt_len,
+            sequence.given_len,
             prompt_digest(sequence.tokens),
             sequence.cached_len,
             tuple(pages),

@@ -51,7 +51,7 @@ class Outgoing:
         return Manifest(
             offer.room,
             offer.epoch,
-            sequence.prompt_len,
+            sequence.given_len,
             len(offer.pages),
             first.token,
             first.logprob,

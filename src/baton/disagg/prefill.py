@@ -266,7 +266,7 @@ class Prefill:
         sequence, stream, size = outgoing.sequence, outgoing.stream, self._layout.page_size
         if stream is None or outgoing.finished:
             return
-        end = self._layout.pages_for(sequence.prompt_len) if outgoing.first else sequence.computed_len // size
+        end = self._layout.pages_for(sequence.given_len) if outgoing.first else sequence.computed_len // size
         if end > outgoing.pushed:
             pages = sequence.pages[outgoing.pushed : end]
             self._scheduler.pool.share(pages)  # the push's own hold on them, until it has passed

@@ -21,7 +21,7 @@ def prompt_digest(tokens: Seq[int]) -> bytes:
 
 def unacceptable(offer: Offer, sequence: Sequence, layout: KVLayout) -> str:
     """Why pages of this sequence must not go where the offer says; `""` if they may."""
-    tokens = sequence.prompt_len
+    tokens = sequence.given_len
     if offer.prompt_len != tokens or offer.prompt_digest != prompt_digest(sequence.tokens[:tokens]):
         return (
             f"prefill and decode read different prompts ({tokens} tokens here, {offer.prompt_len} there): "

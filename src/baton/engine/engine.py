@@ -149,7 +149,7 @@ class Engine:
         messages = self.role.commit(batch, results)
         self._counters.steps += 1
         self._counters.busy_seconds += self.clock.now() - started
-        self._counters.prompt_tokens += sum(p.count for p in batch if p.start < p.sequence.prompt_len)
+        self._counters.prompt_tokens += sum(p.count for p in batch if p.start < p.sequence.given_len)
         return messages
 
     def _fail(self, batch: Seq[Slice], error: BatonError) -> list[ToFront]:

@@ -1,6 +1,7 @@
 """The real `Runner`: a Transformers model over a paged KV cache.
 
-batch ─▶ rows (decode steps first) ─▶ model ─▶ logits of the rows that are asked for ─▶ sampler ─▶ batch order
+batch ─▶ rows (decode steps first, answers in single ones) ─▶ model ─▶ logits of the rows that are asked for ─▶ sampler
+      ─▶ batch order
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from baton.base.messages import TokenLogprob
 from baton.engine.attention import Attention, Step, lay_out
 from baton.engine.sequence import Sequence
 from baton.engine.sockets import Sampled, Slice
+
+
+NOTHING = Sampled()
 
 
 class Sampling(Protocol):
@@ -63,11 +67,11 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Seq[Slice]) -> list[Sampled]:
         """One forward step; results in the batch's order. Raises what the sampler raises."""
-        order = sorted(range(len(batch)), key=lambda index: not batch[index].is_decode)  # stable: decode steps first
-        ordered = [batch[index] for index in order]
-        results: list[Sampled] = [Sampled()] * len(batch)
-        for index, result in zip(order, self._compute(ordered), strict=True):
-            results[index] = result
+        pieces = [(index, part) for index, piece in enumerate(batch) for part in _parts(piece)]
+        pieces.sort(key=lambda one: not one[1].is_decode)  # stable: decode steps first
+        results = [NOTHING] * len(batch)
+        for (index, _), result in zip(pieces, self._compute([part for _, part in pieces]), strict=True):
+            results[index] = result if results[index] is NOTHING else _joined(results[index], result)
         return results
 
     def forget(self, sequence: Sequence) -> None:
@@ -102,6 +106,18 @@ class ModelRunner:
             return ()
         targets = piece.sequence.tokens[_told_from(piece) + 1 :][: len(logits)]
         return self.sampler.prompt_logprobs(logits, targets, wanted)
+
+
+def _joined(one: Sampled, other: Sampled) -> Sampled:
+    """Of parts of a slice: one has the token, one may have logprobs of the prompt."""
+    drawn = one if other.token is None else other
+    return replace(drawn, prompt_logprobs=one.prompt_logprobs or other.prompt_logprobs)
+
+
+def _parts(piece: Slice) -> Seq[Slice]:
+    if piece.count == 1 or piece.start + piece.count <= piece.sequence.prompt_len:  # nearly always
+        return (piece,)
+    return piece.apart()
 
 
 def _told_from(piece: Slice) -> int:

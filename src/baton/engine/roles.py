@@ -28,13 +28,13 @@ class Committer:
         assert held >= piece.start + piece.count, f"{sequence!r} left between step and commit"
         self.scheduler.advance(piece)
         sequence.prompt_logprobs += result.prompt_logprobs
-        if not sequence.stamps.prefilled and sequence.computed_len >= sequence.prompt_len:
+        if not sequence.stamps.prefilled and sequence.computed_len >= sequence.given_len:
             sequence.stamps.prefilled = self.clock.now()
 
     def accept(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Tokens:
         """Append a token; if it is the last one, the sequence leaves the scheduler and its pages go back."""
         sequence.tokens.append(token)
-        first = sequence.output_len == 1
+        first = sequence.total_len == sequence.given_len + 1
         if first:
             sequence.stamps.first_token = self.clock.now()
         finish = self._finish(sequence, token)
@@ -48,7 +48,7 @@ class Committer:
             sequence.usage_cached_len,
             finish,
             sequence.usage() if finish is not None else None,
-            sequence.stamps.freeze() if finish is not None else None,
+            sequence.stamps.freeze() if first or finish is not None else None,
         )
 
     def leave(self, sequence: Sequence) -> None:
@@ -65,15 +65,10 @@ class Committer:
         return [self.accept(piece.sequence, result.token, result.logprob)]
 
     def _finish(self, sequence: Sequence, token: int) -> Finish | None:
-        sampling = sequence.sampling
-        if sequence.output_len >= sampling.min_tokens:
-            if token in sampling.stop_token_ids:
-                return Finish("stop", token)
-            if token in self.eos_token_ids and not sampling.ignore_eos:
-                return Finish("stop", token)
-        if sequence.output_len >= sampling.max_tokens or sequence.total_len >= self.scheduler.max_model_len:
+        finish = sequence.sampling.end(token, sequence.output_len, self.eos_token_ids)
+        if finish is None and sequence.total_len >= self.scheduler.max_model_len:
             return Finish("length")
-        return None
+        return finish
 
 
 class Unified:

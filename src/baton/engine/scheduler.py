@@ -65,9 +65,9 @@ class Scheduler:
         """Raise if the sequence can never run here (`BadRequest`)."""
         longest = min(self.max_model_len, self.pool.total * self.page_size)
         wanted = sequence.prompt_len + max(sequence.sampling.max_tokens, 1)
-        if sequence.prompt_len >= longest:
+        if sequence.given_len >= longest:
             raise BadRequest(
-                f"the prompt has {sequence.prompt_len} tokens; this model's context holds {longest}, output included",
+                f"the prompt has {sequence.given_len} tokens; this model's context holds {longest}, output included",
                 param="prompt",
             )
         if wanted > longest:
@@ -86,7 +86,7 @@ class Scheduler:
         insort(self.waiting, sequence, key=rank)
 
     def reserve(self, sequence: Sequence) -> bool:
-        """Pages for the whole prompt, for a prefill that happens elsewhere; the caller owns them (`release`).
+        """Pages for all that is given, for a prefill that happens elsewhere; the caller owns them (`release`).
 
         A known prefix is shared: `cached_len` and `computed_len` say how much (at most all but the last token).
         False if there are not enough pages now, with nothing taken; what was preempted here comes first.
@@ -94,12 +94,12 @@ class Scheduler:
         self._number(sequence)
         if any(waiting.retractions for waiting in self.waiting):
             return False
-        return self._take_pages(sequence, sequence.prompt_len)
+        return self._take_pages(sequence, sequence.given_len)
 
     def adopt(self, sequence: Sequence) -> None:
-        """A reserved sequence whose prompt has arrived (computed_len == prompt_len) and whose first token is
+        """A reserved sequence whose prompt has arrived (computed_len == given_len) and whose first token is
         appended: it decodes from the next step on."""
-        assert sequence.computed_len == sequence.prompt_len < sequence.total_len
+        assert sequence.computed_len == sequence.given_len < sequence.total_len
         self._number(sequence)
         self._publish(sequence)
         insort(self.running, sequence, key=rank)
@@ -250,7 +250,7 @@ class Scheduler:
         sequence.flushes = self._flushes
         sequence.cached_len = sequence.computed_len = cached_len
         if not sequence.retractions:
-            sequence.usage_cached_len = cached_len
+            sequence.usage_cached_len = min(cached_len, sequence.prompt_len)
         return True
 
     def _publish(self, sequence: Sequence) -> None:

@@ -3,6 +3,8 @@
 Lengths are named by where the data is::
 
     tokens    |<------ prompt_len ------>|<---- output ---->|
+              |<------- given_len ------------->|              came with the request: the prompt, and output that
+                                                               another worker has generated (`Generate.resumed`)
     KV pages  |<-- cached_len -->|                             found in the prefix cache at admission
               |<------------- computed_len ------------>|      in the pages now (cached part included)
 """
@@ -44,6 +46,7 @@ class Sequence:
     priority: int = 0
     salt: str = ""
     deadline: float | None = None
+    resumed: int = 0
     arrival: int = 0
     """The scheduler's number for it, from 1: the older of two is the one with the smaller number."""
     pages: list[int] = field(default_factory=list)
@@ -71,12 +74,13 @@ class Sequence:
         sequence = cls(
             request.id,
             list(request.tokens),
-            len(request.tokens),
+            len(request.tokens) - request.resumed,
             request.sampling,
             request.ticket,
             request.priority,
             request.cache_salt,
             request.deadline,
+            request.resumed,
         )
         sequence.stamps.received = now
         return sequence
@@ -84,6 +88,10 @@ class Sequence:
     @property
     def total_len(self) -> int:
         return len(self.tokens)
+
+    @property
+    def given_len(self) -> int:
+        return self.prompt_len + self.resumed
 
     @property
     def output_len(self) -> int:

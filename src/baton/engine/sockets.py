@@ -30,6 +30,17 @@ class Slice:
         rest of its prompt, so that the borders of chunks leave no trace in the last bits."""
         return self.count == 1 and self.start >= self.sequence.prompt_len
 
+    def apart(self) -> list[Slice]:
+        """The same, as what it has of the prompt and one decode step for each token of the answer. So these leave no
+        trace of being computed again, or elsewhere: in one step, since none of them needs more of the one before than
+        its keys and values, which a layer writes before it reads."""
+        sequence, end = self.sequence, self.start + self.count
+        border = max(self.start, min(end, sequence.prompt_len))
+        pieces = [Slice(sequence, at, 1, self.sample and at + 1 == end) for at in range(border, end)]
+        if border > self.start:
+            pieces.insert(0, Slice(sequence, self.start, border - self.start, self.sample and border == end))
+        return pieces
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
