@@ -66,7 +66,7 @@ class Guest:
     def request(self, connection: str = "close") -> bytes:
         visit, prompt = self.visit, "word " * self.visit.words
         sampling = {"n": visit.n, "temperature": 1.0, "ignore_eos": True}
-        body: dict[str, Any] = {"rid": self.rid, "stream": visit.stream}
+        body: dict[str, Any] = {"model": "default", "rid": self.rid, "stream": visit.stream}
         match visit.endpoint:
             case "generate":
                 body |= {"text": prompt, "sampling_params": {**sampling, "max_new_tokens": visit.tokens}}
@@ -76,7 +76,8 @@ class Guest:
                 body |= {"messages": [{"role": "user", "content": prompt}], **sampling, "max_tokens": visit.tokens}
         data = json.dumps(body).encode()
         head = f"POST {PATHS[visit.endpoint]} HTTP/1.1\r\nhost: x\r\nconnection: {connection}\r\n"
-        return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
+        about = f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+        return f"{head}{about}".encode() + data
 
     async def __aenter__(self) -> Guest:
         port = int(self.stack.url.rsplit(":", 1)[1])
@@ -175,7 +176,7 @@ async def run_out_of_patience(guest: Guest) -> None:
     timeout = (guest.visit.moment + 1) / 1000
     async with httpx.AsyncClient(base_url=guest.stack.url, timeout=timeout, verify=False) as http:
         with suppress(httpx.TimeoutException):
-            await http.post(PATHS[guest.visit.endpoint], content=body)
+            await http.post(PATHS[guest.visit.endpoint], content=body, headers={"content-type": "application/json"})
 
 
 MANNERS: dict[str, Callable[[Guest], Awaitable[None]]] = {
