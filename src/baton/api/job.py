@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -15,7 +16,7 @@ from baton.api.text import TextCodec
 from baton.api.tool_calls import ToolFormat
 from baton.base.clock import Clock, MonotonicClock
 from baton.base.errors import BadRequest, NotFound
-from baton.base.messages import Generate, Ticket
+from baton.base.messages import Generate, Sampling, Ticket
 
 MAX_SEQUENCES = 1024
 """Sequences of one HTTP request: prompts times samples."""
@@ -32,6 +33,7 @@ class ModelContext:
     vocab_size: int
     longest: int
     """Tokens of prompt and output together that the engine can hold."""
+    eos_token_ids: tuple[int, ...] = ()
     defaults: Defaults = NO_DEFAULTS
     tools: ToolFormat | None = None
     """How the model writes calls of tools; None: they stay text."""
@@ -58,6 +60,23 @@ class Prompt:
     """As the client sent it (completions with echo)."""
 
 
+class Resumed(msgspec.Struct):
+    """What was shown of one sequence."""
+
+    tokens: list[int]
+    finished: bool = False
+
+
+class Resume(msgspec.Struct, kw_only=True):
+    """A stream that broke off on another worker, one output per sequence; what its events said of themselves, if it is
+    known; and what its journal's headers said (`x-baton-seed`)."""
+
+    outputs: list[Resumed]
+    id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
+    created: int | None = None
+    seed: Annotated[int, msgspec.Meta(ge=0, le=MAX_ROOM - 1)] | None = None
+
+
 class PDFields(msgspec.Struct, kw_only=True):
     """The fields a router adds; each a value for all, or a list."""
 
@@ -68,6 +87,7 @@ class PDFields(msgspec.Struct, kw_only=True):
     data_parallel_rank: int | None = None
     disagg_prefill_dp_rank: int | list[int | None] | None = None
     prefill_data_parallel_rank: int | list[int | None] | None = None
+    baton_resume: Resume | None = None
 
 
 @dataclass(slots=True)
@@ -87,21 +107,57 @@ class Job:
     """Output tokens if the client named no number; None: as many as fit."""
     priority: int = 0
     cache_salt: str = ""
+    resume: Resume | None = None
+    cumulative_logprobs: bool = False
+    """Every event repeats the logprobs of the ones before."""
+    seed: int = field(init=False)
+    """What seeds are derived from where the client gave none."""
+
+    def __post_init__(self) -> None:
+        """Both workers of a pair must come to the same seed: from what is resumed, else from the room, which both
+        have; who is alone draws it."""
+        room = next((ticket.room for ticket in self.tickets if ticket is not None), None)
+        if self.resume is not None and self.resume.seed is not None:
+            self.seed = self.resume.seed
+        else:
+            self.seed = secrets.randbits(63) if room is None else derived(room, 1)
 
     @property
     def n(self) -> int:
         return self.plans[0].n
+
+    @property
+    def continuable(self) -> bool:
+        """Another worker could go on with its stream, knowing only the tokens it has shown."""
+        scored = any(plan.scored_only or plan.sampling.prompt_logprobs is not None for plan in self.plans)
+        return not scored and not self.cumulative_logprobs
+
+    def sampling(self, k: int, context: ModelContext) -> Sampling:
+        """Of sequence k."""
+        which, index = divmod(k, self.n)
+        return self.plans[which].sample(
+            index,
+            len(self.prompts[which].tokens),
+            derived(self.seed, k),
+            longest=context.longest,
+            default=self.default_tokens,
+        )
 
     def generates(self, ids: Sequence[str], context: ModelContext) -> list[Generate]:
         """The engine's messages, one per sequence."""
         return [self._generate(k, id, context) for k, id in enumerate(ids)]
 
     def _generate(self, k: int, id: str, context: ModelContext) -> Generate:
-        which, index = divmod(k, self.n)
-        prompt, plan, ticket = self.prompts[which], self.plans[which], self.tickets[k]
-        room = ticket.room if ticket is not None else None
-        sampling = plan.sample(index, len(prompt.tokens), room, longest=context.longest, default=self.default_tokens)
-        return Generate(id, prompt.tokens, sampling, ticket, self.priority, self.cache_salt)
+        before = () if self.resume is None else tuple(self.resume.outputs[k].tokens)
+        return Generate(
+            id,
+            self.prompts[k // self.n].tokens + before,
+            self.sampling(k, context),
+            self.tickets[k],
+            self.priority,
+            self.cache_salt,
+            resumed=len(before),
+        )
 
 
 def count_sequences(prompts: int, n: int) -> int:

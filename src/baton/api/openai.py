@@ -14,6 +14,7 @@ from baton.api.dialect import Writer, decode, request_id
 from baton.api.job import Job, ModelContext, Prompt, count_sequences, prompt_of, tickets
 from baton.api.openai_chat_replies import ChatWriter
 from baton.api.openai_replies import CompletionWriter, ReplyOptions
+from baton.api.resume import check
 from baton.api.sampling import MAX_TOP_LOGPROBS_OPENAI, Asked, Plan, build
 from baton.api.structured import StructuredFields, grammar_of
 from baton.api.tool_calls import openai_id
@@ -126,7 +127,7 @@ class Completions:
         prompts = [prompt_of(p, context, "prompt", special=special) for p in _prompts(request.prompt)]
         if request.echo:
             prompts = [_with_text(prompt, context) for prompt in prompts]
-        name = request_id(request.rid or request.request_id, "cmpl-", rid)
+        name = _name(request, "cmpl-", rid)
         job = _job(request, name, prompts, plan, context, COMPLETION_TOKENS)
         options = _reply_options(request, plan)
         return job, CompletionWriter(name, context, job, options, echo=bool(request.echo))
@@ -146,7 +147,7 @@ class Chat:
         plan = _chat_plan(request, use, context)
         text = _chat_text(request, use, context)
         prompt = prompt_of(text, context, "messages", special=bool(request.add_special_tokens))
-        name = request_id(request.rid or request.request_id, "chatcmpl-", rid)
+        name = _name(request, "chatcmpl-", rid)
         job = _job(request, name, [prompt], plan, context, None)
         answer = _answer_format(request, use, plan, text, context)
         return job, ChatWriter(name, context, job, _reply_options(request, plan), answer)
@@ -161,7 +162,7 @@ def _job(
     default_tokens: int | None,
 ) -> Job:
     count_sequences(len(prompts), plan.n)
-    return Job(
+    job = Job(
         prompts=prompts,
         plans=[plan] * len(prompts),
         tickets=tickets(request, len(prompts), plan.n, context),
@@ -170,7 +171,17 @@ def _job(
         default_tokens=default_tokens,
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
+        resume=request.baton_resume,
     )
+    check(job, context)
+    return job
+
+
+def _name(request: CommonRequest, prefix: str, header: str | None) -> str:
+    resume = request.baton_resume
+    if resume is not None and resume.id is not None:
+        return resume.id
+    return request_id(request.rid or request.request_id, prefix, header)
 
 
 def _reply_options(request: CommonRequest, plan: Plan) -> ReplyOptions:

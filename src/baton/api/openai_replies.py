@@ -118,7 +118,8 @@ class ReplyWriter:
     def __init__(self, id: str, context: ModelContext, job: Job, options: ReplyOptions, kind: str) -> None:
         self.id = id
         self._kind = kind
-        self._created = int(time.time())
+        resume = job.resume
+        self._created = resume.created if resume and resume.created is not None else int(time.time())
         self._context = context
         self._job = job
         self._options = options

@@ -89,6 +89,7 @@ class Output:
             text += self._rest()
         if message.usage is not None:
             self.cached_tokens, self.retractions = message.usage.cached_tokens, message.usage.retractions
+        if message.timeline is not None:
             self.timeline = message.timeline
         if self.plan.scored_only:
             return ""

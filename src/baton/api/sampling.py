@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -96,23 +95,17 @@ class Plan:
     scored_only: bool = False
     """max_tokens was 0: one token is computed, none is shown (prompt logprobs)."""
 
-    def sample(self, index: int, prompt_len: int, room: int | None, *, longest: int, default: int | None) -> Sampling:
+    def sample(self, index: int, prompt_len: int, seed: int, *, longest: int, default: int | None) -> Sampling:
         """The sampling of sample `index`. `longest`: tokens of prompt and output together; `default`: output tokens
-        if the client named none (None: as many as fit).
-
-        Without a seed from the client it comes from the room, so that the prefill and the decode worker, which both
-        compute it, agree; without a room it is random.
+        if the client named none (None: as many as fit); `seed`: the sample's, if the client gave none.
         """
         max_tokens = self.sampling.max_tokens
         if not max_tokens:
             fitting = max(1, longest - prompt_len)
             wanted = fitting if default is None else max(default, self.sampling.min_tokens)
             max_tokens = min(wanted, fitting)
-        seed = self.sampling.seed
-        if seed >= 0:
-            seed = derived(seed, index)
-        else:
-            seed = derived(room, 1) if room is not None else secrets.randbits(63)
+        if self.sampling.seed >= 0:
+            seed = derived(self.sampling.seed, index)
         return msgspec.structs.replace(self.sampling, max_tokens=max_tokens, seed=seed)
 
 

@@ -10,6 +10,7 @@ import msgspec
 
 from baton.api.dialect import Writer, decode, request_id
 from baton.api.job import Job, ModelContext, PDFields, Prompt, count_sequences, prompt_of, tickets
+from baton.api.resume import check
 from baton.api.sampling import (
     Asked,
     Plan,
@@ -113,19 +114,21 @@ class Generate:
         plans = _plans(request, count, context)
         n = plans[0].n
         count_sequences(count, n)
+        wanted = _each("return_logprob", request.return_logprob, count, False)
         job = Job(
             prompts=_prompts(inputs, context),
             plans=plans,
             tickets=tickets(request, count, n, context),
             stream=bool(request.stream),
-            rids=_rids(request.rid, rid, count),
+            rids=_rids(request, rid, count),
             default_tokens=NEW_TOKENS,
             priority=request.priority or 0,
             cache_salt=request.cache_salt or request.extra_key or "",
+            resume=request.baton_resume,
+            cumulative_logprobs=any(wanted),
         )
-        logprobs = LogprobOptions(
-            _each("return_logprob", request.return_logprob, count, False), bool(request.return_text_in_logprobs)
-        )
+        check(job, context)
+        logprobs = LogprobOptions(wanted, bool(request.return_text_in_logprobs))
         return job, GenerateWriter(context, job, logprobs, batch=batch or n > 1)
 
 
@@ -212,8 +215,11 @@ def _grammar(params: SamplingParams) -> Grammar | None:
     )
 
 
-def _rids(given: str | list[str] | None, header: str | None, count: int) -> list[str]:
+def _rids(request: GenerateRequest, header: str | None, count: int) -> list[str]:
     """One id per prompt; a single one is numbered in a batch."""
+    given, resume = request.rid, request.baton_resume
+    if count == 1 and resume is not None and resume.id is not None:
+        return [resume.id]
     if isinstance(given, list):
         return [request_id(rid, "") for rid in _each("rid", given, count, "")]
     first = request_id(given or header, "")

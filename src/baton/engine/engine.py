@@ -140,8 +140,9 @@ class Engine:
     def _compute(self, batch: Seq[Slice]) -> list[ToFront]:
         started = self.clock.now()
         for piece in batch:
-            if not piece.sequence.stamps.scheduled:
-                piece.sequence.stamps.scheduled = started
+            stamps = piece.sequence.stamps
+            if not stamps.scheduled and not stamps.delivered:  # a prompt that was delivered is computed elsewhere
+                stamps.scheduled = started
         try:
             results = self.runner.run(batch)
         except BatonError as error:  # the runner blames the request (a grammar that does not compile, say)

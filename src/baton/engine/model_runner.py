@@ -18,7 +18,6 @@ from baton.engine.attention import Attention, Step, lay_out
 from baton.engine.sequence import Sequence
 from baton.engine.sockets import Sampled, Slice
 
-
 NOTHING = Sampled()
 
 

@@ -28,8 +28,9 @@ class Committer:
         assert held >= piece.start + piece.count, f"{sequence!r} left between step and commit"
         self.scheduler.advance(piece)
         sequence.prompt_logprobs += result.prompt_logprobs
-        if not sequence.stamps.prefilled and sequence.computed_len >= sequence.given_len:
-            sequence.stamps.prefilled = self.clock.now()
+        stamps = sequence.stamps
+        if not stamps.prefilled and not stamps.delivered and sequence.computed_len >= sequence.given_len:
+            stamps.prefilled = self.clock.now()
 
     def accept(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Tokens:
         """Append a token; if it is the last one, the sequence leaves the scheduler and its pages go back."""

@@ -18,20 +18,27 @@ from msgspec.structs import replace
 from starlette.types import Receive, Scope, Send
 
 from baton.api.dialect import Dialect, Writer, error_events
-from baton.api.job import Job
+from baton.api.job import Job, ModelContext
+from baton.api.journal import Journal
 from baton.api.output import Output
+from baton.api.resume import replay
 from baton.base.errors import BatonError
 from baton.base.messages import Failed, Tokens
 from baton.base.timeout import REQUEST_TIMEOUT, allowance
 from baton.worker.client import ClientGone, Inbox
 from baton.worker.http import Hangup, Header, check_json, header, read_body, reply
 from baton.worker.state import FrontState
+from baton.worker.timing import server_timing
 
 EVENT_STREAM: list[Header] = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+JOURNAL = b"x-baton-journal"
+"""A request's header, `1`: say which tokens the stream's bytes stand for (`baton.api.journal`)."""
+SEED = b"x-baton-seed"
+"""The answer's, then: what unseeded samples' seeds come from."""
 LONG_BODY = 16 * 1024
 """Bytes; longer requests are parsed and tokenised in a thread, so that streams go on meanwhile."""
 
@@ -46,11 +53,14 @@ class Exchange:
     outputs: list[Output]
     by_id: dict[str, Output]
     headers: list[Header]
-    """The client's request id, given back."""
+    """The client's request id, given back, and what belongs to a journal."""
     received: float
     last: list[float]
     """Per output: when its latest token came; 0.0 before the first."""
     unfinished: int
+    due: bytes
+    """Events that were not shown where the stream broke off."""
+    journal: Journal | None
     sending_since: float = 0.0
     """When a write began that has not ended; 0.0: none. A client that does not read is cut by this."""
     task: asyncio.Task[object] | None = None
@@ -82,7 +92,8 @@ class GenerateRoute:
         check_json(scope)
         deadline = received + allowance(header(scope, REQUEST_TIMEOUT), self._state.worker.request_timeout)
         body = await read_body(scope, receive, self._state.max_body)
-        exchange = await self._begin(body, header(scope, b"x-request-id"), received, deadline)
+        journal = header(scope, JOURNAL) == b"1"
+        exchange = await self._begin(body, header(scope, b"x-request-id"), received, deadline, journal)
         watcher = asyncio.ensure_future(receive())  # the body is read: what comes now is the hang-up
         watcher.add_done_callback(lambda _: exchange.inbox.hang_up())
         self._state.exchanges.add(exchange)
@@ -100,25 +111,44 @@ class GenerateRoute:
             watcher.cancel()
             self._account(exchange)
 
-    async def _begin(self, body: bytes, given: bytes | None, received: float, deadline: float) -> Exchange:
+    async def _begin(
+        self, body: bytes, given: bytes | None, received: float, deadline: float, journal: bool
+    ) -> Exchange:
         context = self._state.context
-        rid = given.decode("latin-1") if given else None
+        job, writer = await self._parse(body, context, given.decode("latin-1") if given else None)
         headers = [(b"x-request-id", given)] if given else []
-        if len(body) > LONG_BODY:
-            loop, thread = asyncio.get_running_loop(), self._state.thread
-            job, writer = await loop.run_in_executor(thread, self._dialect.parse, body, context, rid)
-        else:
-            job, writer = self._dialect.parse(body, context, rid)
         client, n = self._state.client, job.n
         total = len(job.prompts) * n
         outputs = [
             Output(k, job.rids[k // n], job.prompts[k // n], job.plans[k // n], context.tokenizer) for k in range(total)
         ]
+        due = replay(job, outputs, writer, context)
+        journal = journal and job.stream and job.continuable
+        if journal:
+            headers.append((SEED, b"%d" % job.seed))
         ids = [client.unique(o.rid if total == 1 else f"{o.rid}#{o.index}") for o in outputs]
-        inbox = client.start([replace(sequence, deadline=deadline) for sequence in job.generates(ids, context)])
-        by_id = dict(zip(ids, outputs, strict=True))
-        last, task = [0.0] * total, asyncio.current_task()
-        return Exchange(job, writer, inbox, outputs, by_id, headers, received, last, total, task=task)
+        sequences = zip(outputs, job.generates(ids, context), strict=True)
+        inbox = client.start([replace(one, deadline=deadline) for output, one in sequences if not output.ended()])
+        return Exchange(
+            job,
+            writer,
+            inbox,
+            outputs,
+            dict(zip(ids, outputs, strict=True)),
+            headers,
+            received,
+            [0.0] * total,
+            sum(not output.ended() for output in outputs),
+            due,
+            Journal(outputs, job.resume) if journal else None,
+            task=asyncio.current_task(),
+        )
+
+    async def _parse(self, body: bytes, context: ModelContext, rid: str | None) -> tuple[Job, Writer]:
+        if len(body) > LONG_BODY:
+            loop, thread = asyncio.get_running_loop(), self._state.thread
+            return await loop.run_in_executor(thread, self._dialect.parse, body, context, rid)
+        return self._dialect.parse(body, context, rid)
 
     async def _whole(self, exchange: Exchange, send: Send) -> str:
         while exchange.unfinished:
@@ -129,25 +159,27 @@ class GenerateRoute:
 
     async def _push(self, exchange: Exchange, send: Send, body: bytes) -> None:
         exchange.sending_since = self._state.clock.now()
-        await reply(send, 200, body, headers=exchange.headers)
+        await reply(send, 200, body, headers=[*exchange.headers, *_timing(exchange)])
         exchange.sending_since = 0.0
 
     async def _stream(self, exchange: Exchange, send: Send) -> str:
-        started = False
+        started, more, events = False, True, exchange.due
         try:
-            while exchange.unfinished:
-                messages = await exchange.inbox.take()
-                events = self._events(exchange, messages)
+            while more:
+                if exchange.unfinished:
+                    events += self._events(exchange, await exchange.inbox.take())
                 if not started:
-                    headers = [*EVENT_STREAM, *exchange.headers]
+                    headers = [*EVENT_STREAM, *exchange.headers, *_timing(exchange)]
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                     started = True
-                if not exchange.unfinished:
+                more = exchange.unfinished > 0
+                if not more:
                     events += exchange.writer.end(exchange.outputs)
                 if events:
+                    piece = exchange.journal.signed(events) if exchange.journal is not None else events
                     exchange.sending_since = self._state.clock.now()
-                    await send({"type": "http.response.body", "body": events, "more_body": exchange.unfinished > 0})
-                    exchange.sending_since = 0.0
+                    await send({"type": "http.response.body", "body": piece, "more_body": more})
+                    exchange.sending_since, events = 0.0, b""
         except BatonError as error:
             if not started:
                 raise
@@ -198,6 +230,10 @@ class GenerateRoute:
             if output.finish is not None:
                 self._state.metrics.end_to_end.observe(now - exchange.received)
             self._state.metrics.finished(output.usage, output.timeline)
+
+
+def _timing(exchange: Exchange) -> list[Header]:
+    return server_timing(output.timeline for output in exchange.outputs)
 
 
 def _outcome(outputs: Sequence[Output]) -> str:

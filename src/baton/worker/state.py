@@ -76,6 +76,7 @@ class FrontState:
             chat=self.chat,
             vocab_size=ready.vocab_size,
             longest=min(ready.max_model_len, ready.num_pages * ready.page_size),
+            eos_token_ids=ready.eos_token_ids,
             defaults=self.defaults,
             tools=TOOL_FORMATS.get(self.worker.tool_call_parser),
             reasoning=REASONING_FORMATS.get(self.worker.reasoning_parser),
