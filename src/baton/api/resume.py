@@ -59,16 +59,19 @@ def replay(job: Job, outputs: Sequence[Output], writer: Writer, context: ModelCo
 
 
 def _replay(output: Output, writer: Writer, tokens: Sequence[int], end: Finish | None) -> bytes:
-    """Returns the event of the output's end, if it has one."""
-    stopped = end is not None and end.reason == "stop"
-    shown = tokens[:-1] if stopped else tokens
-    wanted = output.plan.sampling.logprobs is not None
-    event = _show(output, writer, shown, None, wanted) if shown else b""
-    if end is not None and not output.ended():
-        event = _show(output, writer, tokens[len(shown) :], end, wanted)
+    """Returns the event of the output's end, if it has one: it comes with the last token, or after it where only the
+    number of tokens is the reason."""
+    steps = [(tokens[:-1], None), (tokens[-1:], end)]
+    if end is not None and end.reason == "length":
+        steps = [(tokens, None), ([], end)]
+    event = b""
+    for part, finish in steps:
+        if not output.ended() and (part or finish is not None):
+            event = _show(output, writer, part, finish)
     return event if output.ended() else b""
 
 
-def _show(output: Output, writer: Writer, tokens: Sequence[int], end: Finish | None, wanted: bool) -> bytes:
+def _show(output: Output, writer: Writer, tokens: Sequence[int], end: Finish | None) -> bytes:
+    wanted = output.plan.sampling.logprobs is not None
     logprobs = tuple(TokenLogprob(None, token) for token in tokens) if wanted else ()
     return writer.delta(output, output.take(Tokens("", tuple(tokens), logprobs, finish=end)))
