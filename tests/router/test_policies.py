@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baton.base import config
 from baton.base.errors import ConfigError
 from baton.router.ask import Ask
 from baton.router.policies import BUILDERS, Policy, View, build, decode_turn
@@ -80,6 +81,10 @@ def test_an_unknown_policy_is_told_what_there_is() -> None:
         build("least_loded")
 
 
+def test_the_configuration_offers_what_there_is() -> None:
+    assert set(config.POLICIES) == set(BUILDERS)
+
+
 @given(loads=loads, turn=st.integers(0, 100))
 def test_the_lightest_is_the_lightest(loads: list[int], turn: int) -> None:
     assert loads[lightest(loads, turn)] == min(loads)
@@ -146,6 +151,15 @@ def test_a_forgotten_worker_that_is_still_there_keeps_its_keys() -> None:
     old = owners(policy, candidates)
     policy.forget("w1")
     assert owners(policy, candidates) == old
+
+
+def test_the_sets_of_several_models_do_not_mix() -> None:
+    policy = build("consistent_hash")
+    one, other = View(("a", "b", "c"), [0, 0, 0]), View(("x", "y"), [0, 0])
+    old = owners(policy, one), owners(policy, other)
+    assert (owners(build("consistent_hash"), one), owners(build("consistent_hash"), other)) == old
+    policy.forget("x")
+    assert (owners(policy, one), owners(policy, other)) == old
 
 
 def test_the_ring_passes_over_who_is_overloaded() -> None:

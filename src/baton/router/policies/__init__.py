@@ -17,23 +17,17 @@ from baton.router.policies.base import Policy, View
 from baton.router.policies.bucket import Bucket
 from baton.router.policies.cache_aware import CacheAware
 from baton.router.policies.consistent_hash import ConsistentHash
-from baton.router.policies.legacy import POLICIES, least_loaded, policy, random, round_robin
 from baton.router.policies.pairs import decode_turn
 from baton.router.policies.simple import LeastLoaded, PowerOfTwo, Random, RoundRobin
 from baton.router.policies.sticky import Sticky
 
 __all__ = [
     "BUILDERS",
-    "POLICIES",
     "Ask",
     "Policy",
     "View",
     "build",
     "decode_turn",
-    "least_loaded",
-    "policy",
-    "random",
-    "round_robin",
 ]
 
 BUILDERS: dict[str, Callable[[], Policy]] = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,9 @@ from baton.router.ask import Ask
 
 OVERLOAD = 1.25
 """A worker may have this many times the mean load before affinity gives way."""
+
+VIEWS = 16
+"""Sets of workers known at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +67,29 @@ class Memoryless:
 
 
 class Slots:
-    """Where an id stands in a view: made anew only when the set of workers has changed."""
+    """Where an id stands in a view: made anew only when the set of workers has changed.
 
-    __slots__ = ("_ids", "_slots")
+    `learn` is told the ids of a set that was not known. A few sets are known at a time (one for each model served)."""
 
-    def __init__(self) -> None:
-        self._ids: tuple[str, ...] = ()
-        self._slots: Mapping[str, int] = {}
+    __slots__ = ("_known", "_learn")
+
+    def __init__(self, learn: Callable[[Iterable[str]], None] | None = None) -> None:
+        self._known: OrderedDict[int, tuple[tuple[str, ...], Mapping[str, int]]] = OrderedDict()
+        """By the identity of `ids`, which is held so that nothing else can take its place."""
+        self._learn = learn
 
     def of(self, view: View) -> Mapping[str, int]:
-        if view.ids is not self._ids:
-            self._slots = {id: index for index, id in enumerate(view.ids)}
-            self._ids = view.ids
-        return self._slots
+        known = self._known.get(id(view.ids))
+        if known is None:
+            known = self._known[id(view.ids)] = (view.ids, {name: index for index, name in enumerate(view.ids)})
+            if len(self._known) > VIEWS:
+                self._known.popitem(last=False)
+            if self._learn is not None:
+                self._learn(view.ids)
+        return known[1]
+
+    def clear(self) -> None:
+        self._known.clear()
 
 
 def lightest(loads: Sequence[int], turn: int) -> int:

@@ -26,7 +26,8 @@ class Bucket(Memoryless):
         self._lengths: deque[int] = deque(maxlen=WINDOW)
         self._unused = 0
         """Lengths learned since the boundaries were made."""
-        self._boundaries: list[int] | None = None
+        self._boundaries: dict[int, list[int]] = {}
+        """By number of buckets."""
 
     def choose(self, ask: Ask, view: View, turn: int, draw: float) -> int:
         first, last = self._range(ask, len(view.ids))
@@ -47,17 +48,17 @@ class Bucket(Memoryless):
     def sent(self, ask: Ask, id: str) -> None:
         self._lengths.append(ask.prompt_tokens)
         self._unused += 1
-        if self._unused >= PERIOD and self._boundaries is not None:
-            self._boundaries = self._made(len(self._boundaries) + 1)
+        if self._unused >= PERIOD:
+            self._boundaries.clear()
             self._unused = 0
 
     def _range(self, ask: Ask, buckets: int) -> tuple[int, int]:
         """First and last bucket for this length."""
         if len(self._lengths) < PERIOD:
             return 0, buckets - 1
-        boundaries = self._boundaries
-        if boundaries is None or len(boundaries) != buckets - 1:
-            boundaries = self._boundaries = self._made(buckets)
+        boundaries = self._boundaries.get(buckets)
+        if boundaries is None:
+            boundaries = self._boundaries[buckets] = self._made(buckets)
         return bisect_left(boundaries, ask.prompt_tokens), bisect_right(boundaries, ask.prompt_tokens)
 
     def _made(self, buckets: int) -> list[int]:

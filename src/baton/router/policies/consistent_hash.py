@@ -60,12 +60,11 @@ class ConsistentHash(Memoryless):
     So is who is not in the view: a short absence moves nobody else's keys.
     """
 
-    __slots__ = ("_ring", "_seen", "_slots")
+    __slots__ = ("_ring", "_slots")
 
     def __init__(self) -> None:
         self._ring = Ring()
-        self._slots = Slots()
-        self._seen: tuple[str, ...] = ()
+        self._slots = Slots(self._ring.add)
 
     def choose(self, ask: Ask, view: View, turn: int, draw: float) -> int:
         return self._choose(ask, view, turn)[0]
@@ -80,16 +79,13 @@ class ConsistentHash(Memoryless):
 
     def forget(self, id: str) -> None:
         self._ring.remove(id)
-        self._seen = ()  # it may be in the view all the same, and comes back at once
+        self._slots.clear()  # if it is in the view all the same, it comes back at once
 
     def _choose(self, ask: Ask, view: View, turn: int) -> tuple[int, list[str]]:
         """The index, and who was passed over."""
         passed: list[str] = []
         if not (ask.key or ask.prompt):
             return lightest(view.loads, turn), passed
-        if view.ids is not self._seen:
-            self._ring.add(view.ids)
-            self._seen = view.ids
         slots, loads, limit = self._slots.of(view), view.loads, ceiling(ask, view.loads)
         for id in self._ring.walk(_hash(ask)):
             index = slots.get(id)
@@ -108,6 +104,6 @@ def _hash(ask: Ask) -> int:
 
 
 def _points(id: str) -> list[int]:
-    """Numbered in the text, not by seed: of a short text xxh3 makes nearly the same of neighbouring seeds, and the points
+    """Numbered in the text, not by seed: of short texts xxh3 makes the same hash with neighbouring seeds, so the points
     of "w1" and "w2" would meet."""
     return [xxhash.xxh3_64_intdigest(f"{id} {replica}".encode()) for replica in range(POINTS)]
