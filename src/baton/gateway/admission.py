@@ -73,7 +73,7 @@ class Refused:
     status: Literal[429, 503]
     """429: too much is asked for; 503: nobody is there to serve it."""
     retry_after: int
-    """Seconds, 1 to 60."""
+    """Seconds, at least 1."""
     reason: str
 
 
