@@ -3,7 +3,8 @@
 BatonError
  ├─ ClientError           the request is wrong; the same request will fail again
  │   ├─ BadRequest  400       ├─ Unauthorized 401
- │   ├─ NotFound    404       └─ TooLarge     413
+ │   ├─ Forbidden   403       ├─ NotFound     404
+ │   └─ TooLarge    413
  ├─ Overloaded      503   nothing is wrong; come back later (`retry_after` seconds)
  ├─ Unavailable     503   a part of the system is not there (starting, draining, dead)
  ├─ HandoffLost     502   prefill and decode lost each other; a new attempt may work
@@ -43,6 +44,12 @@ class BadRequest(ClientError):
 
 class Unauthorized(ClientError):
     status, code = 401, "authentication_error"
+
+
+class Forbidden(ClientError):
+    """It is known who asks, and they may not."""
+
+    status, code = 403, "permission_error"
 
 
 class NotFound(ClientError):
