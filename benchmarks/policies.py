@@ -3,8 +3,8 @@
     python benchmarks/policies.py [--workers 10 1000] [--rounds 7]
 
 Each figure is the best of `--rounds`, in microseconds: the code's cost, not the machine's other work. `sent` is what
-learning costs after the decision. Every request is a new one, so nothing is remembered from the last. The last line is
-one JSON document.
+learning costs after the decision. Every request is a new `Ask`: nothing is remembered from the last. The last line
+is one JSON document.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def ask(conversation: int) -> Ask:
 
 
 def fresh(like: Ask) -> Ask:
-    return Ask(like.prompt_tokens, like.max_tokens, bytes(bytearray(like.prompt)), like.key)
+    return Ask(like.prompt_tokens, like.max_tokens, like.prompt, like.key)
 
 
 def microseconds(act: Callable[[Ask], object], asks: list[Ask]) -> float:
