@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
+import random
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -469,3 +472,64 @@ def test_a_thousand_who_leave_leave_nothing() -> None:
     assert admission.waiting == 0
     assert len(admission._expiry) < 100
     assert admission.next_deadline() is None
+
+
+class Simulation:
+    """Random arrivals, at `load` times what eight slots serve, at one second each on average."""
+
+    def __init__(self, load: float, limits: AdmissionLimits, seconds: float = 400.0) -> None:
+        self.admission = opened(limits)
+        self.random = random.Random(7)
+        self.now = 0.0
+        self.ends: list[tuple[float, int, Claim]] = []
+        self.count: Counter[str] = Counter()
+        self.waits: list[float] = []
+        self.seconds = seconds
+        arrival = 0.0
+        while self.now < seconds:
+            due = self.admission.next_deadline()
+            end = self.ends[0][0] if self.ends else math.inf
+            self.now = min(arrival, end, math.inf if due is None else due)
+            if self.now == arrival:
+                self.arrive()
+                arrival += self.random.expovariate(8 * load)
+            elif self.now == end:
+                self.admission.done(heapq.heappop(self.ends)[2], self.now)
+                self.count["served"] += 1
+            else:
+                self.admission.tick(self.now)
+
+    def arrive(self) -> None:
+        claim, came = Claim(self.random.randint(10, 2000)), self.now
+        claim.notify = lambda: self.start(claim, came) if claim.verdict is ADMITTED else self.count.update(late=1)
+        verdict = self.admission.ask(claim, came)
+        if verdict is ADMITTED:
+            self.start(claim, came)
+        elif verdict is not QUEUED:
+            self.count["early"] += 1
+
+    def start(self, claim: Claim, came: float) -> None:
+        self.waits.append(self.now - came)
+        heapq.heappush(self.ends, (self.now + self.random.expovariate(1.0), len(self.waits), claim))
+
+
+@pytest.mark.parametrize("load", [1.3, 2.0, 5.0])
+def test_overload_keeps_the_workers_busy_and_is_mostly_refused_early(load: float) -> None:
+    limits = AdmissionLimits(decode_sequences=8, queue_timeout=5.0)
+    run = Simulation(load, limits)
+    assert run.count["served"] > 0.93 * 8 * run.seconds
+    assert run.count["early"] > 2 * run.count["late"]
+    assert max(run.waits) <= 5.0
+
+
+def test_an_objective_is_mostly_kept_under_overload() -> None:
+    limits = AdmissionLimits(decode_sequences=8, queue_timeout=60.0, ttft_objective=2.0)
+    run = Simulation(2.0, limits)
+    assert run.count["served"] > 0.93 * 8 * run.seconds
+    assert sorted(run.waits)[len(run.waits) // 2] < 2.0
+    assert sorted(run.waits)[int(len(run.waits) * 0.99)] < 4.0
+
+
+def test_little_load_is_never_refused() -> None:
+    run = Simulation(0.7, AdmissionLimits(decode_sequences=8, queue_timeout=5.0))
+    assert set(run.count) == {"served"}

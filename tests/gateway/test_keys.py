@@ -11,6 +11,7 @@ from baton.base.errors import ConfigError, Forbidden, Unauthorized
 from baton.gateway import keys
 from baton.gateway.keys import ANY_PRIORITY, Entry, Identity, Keyring, load, parse, read, require, secret
 from baton.gateway.ratelimit import RateLimits
+from tests.markdown import blocks
 
 ALICE, ROOT = "sk-alice-0123456789", "sk-root-9876543210"
 
@@ -240,3 +241,9 @@ def test_no_repr_shows_a_key(keyring: Keyring) -> None:
             assert ALICE not in text
             assert digest(ROOT) not in text.lower()
     assert repr(Entry("alice", ALICE)) == "<Entry alice user>"
+
+
+def test_the_example_in_the_documents_is_taken() -> None:
+    (example,) = blocks(Path(__file__).parents[2] / "docs" / "overload.md", "toml")
+    (entry,) = parse(example, "docs")
+    assert entry.identity() == Identity("alice", "user", RateLimits(600, 200_000), 2.0, 0)
