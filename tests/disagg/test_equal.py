@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from baton.base.messages import Finish
@@ -163,4 +164,27 @@ def test_more_than_fits_at_once(make_pair: MakePair, transport: str) -> None:
         pair.decode.send(request)
     pair.finish(*(r.id for r in requests))
     assert {r.id: pair.decode.answer(r.id) for r in requests} == undivided(requests)
+    pair.settle()
+
+
+@pytest.mark.parametrize("resumed", [1, 3, 4, 11])
+def test_going_on_where_another_worker_broke_off(make_pair: MakePair, transport: str, resumed: int) -> None:
+    """Tokens of an answer come with the request: they count as output on both sides, found in the cache or not."""
+    pair = make_pair(transport)
+    request = pair.request("whole", prompt(18), 1, max_tokens=12)
+    answer = undivided([request])["whole"]
+    for room in (2, 3):  # the second one finds pages, of the prompt and of the answer
+        again = pair.request(f"r{room}", [*prompt(18), *answer[:resumed]], room, max_tokens=12)
+        again = msgspec.structs.replace(again, resumed=resumed)
+        pair.prefill.send(again)
+        pair.decode.send(again)
+        pair.finish(again.id)
+        assert pair.decode.answer(again.id) == answer[resumed:]
+        receipt, last = pair.prefill.last(again.id).usage, pair.decode.last(again.id).usage
+        assert receipt is not None
+        assert last is not None
+        assert (receipt.prompt_tokens, receipt.completion_tokens) == (18, resumed + 1)
+        assert (last.prompt_tokens, last.completion_tokens) == (18, 12)
+        cached = min((18 + resumed - 1) // PAGE_SIZE * PAGE_SIZE, 18) if room == 3 else 0
+        assert last.cached_tokens == receipt.cached_tokens == cached
     pair.settle()

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from baton.base.clock import ManualClock
-from baton.base.errors import BatonError
+from baton.base.errors import BadRequest, BatonError
 from baton.base.messages import Generate, Sampling, ToFront
 from baton.engine.blocks import PagePool
 from baton.engine.engine import Engine
 from baton.engine.roles import Committer, Unified
 from baton.engine.scheduler import Scheduler, rank
 from baton.engine.sequence import Sequence
-from baton.engine.sockets import EchoRunner, HandoffLoad
+from baton.engine.sockets import EchoRunner, HandoffLoad, Slice
 
 from .kv_memory import MemoryRunner
 
@@ -312,3 +312,40 @@ def test_waiting_tokens_are_those_of_prompts() -> None:
     scheduler.add(sequence_of("long", list(range(10))))
     step(scheduler, EchoRunner())
     assert scheduler.waiting_tokens == 6
+
+
+def test_output_that_comes_with_a_request_is_computed_and_counted_as_output() -> None:
+    scheduler = scheduler_of(12)
+    known, again = [1, 2, 3, 4, 5], [6, 7, 8]
+    first = sequence_of("first", [*known, *again], max_tokens=1)
+    scheduler.add(first)
+    while not first.output_len:
+        step(scheduler, EchoRunner())
+    second = Sequence("second", [*known, *again], len(known), Sampling(4), resumed=len(again))
+    scheduler.add(second)
+    (piece,) = scheduler.next_batch()
+    assert (second.cached_len, second.usage_cached_len) == (6, 5)  # never more than there is of the prompt
+    assert (piece.start, piece.count, piece.sample) == (6, 2, True)
+    assert [(part.start, part.count, part.sample, part.is_decode) for part in piece.apart()] == [
+        (6, 1, False, True),
+        (7, 1, True, True),
+    ]
+    scheduler.remove(second)
+    scheduler.check()
+
+
+def test_a_slice_over_the_prompts_end_comes_apart() -> None:
+    sequence = Sequence("a", list(range(9)), 5, Sampling(9), resumed=4)
+
+    def parts(start: int, count: int) -> list[tuple[int, int, bool]]:
+        return [(part.start, part.count, part.sample) for part in Slice(sequence, start, count, True).apart()]
+
+    assert parts(0, 5) == [(0, 5, True)]
+    assert parts(2, 5) == [(2, 3, False), (5, 1, False), (6, 1, True)]
+    assert parts(7, 2) == [(7, 1, False), (8, 1, True)]
+
+
+def test_what_is_given_must_leave_room_for_more() -> None:
+    scheduler = scheduler_of(60)
+    with pytest.raises(BadRequest, match="has 99 tokens"):
+        scheduler.add(Sequence("a", [1] * 99, 9, Sampling(95), resumed=90))
