@@ -105,6 +105,7 @@ def test_what_is_remembered_is_bounded_and_right() -> None:
         assert ring.check([], [b"%d" % n]) is None
     assert len(ring._known) == keys.REMEMBERED
     assert all(len(digest) == 32 for digest in ring._known)
+    assert {owner.name for owner in ring._known.values()} == {str(n) for n in range(200 - keys.REMEMBERED, 200)}
 
 
 def test_every_key_is_compared_however_early_one_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,15 @@ def test_a_minutes_requests_at_once_then_one_per_second() -> None:
     refused(limiter.take("a", LIMITS, 0, 101.0))
 
 
+def test_no_rounding_costs_the_last_request_of_a_minute() -> None:
+    for limit in range(1, 200):
+        limiter, limits = RateLimiter(), RateLimits(requests_per_minute=limit)
+        for _ in range(limit):
+            taken(limiter.take("a", limits, 0, 123456.789))
+        assert shown(limiter, 123456.789, limits)["remaining-requests"] == "0"
+        refused(limiter.take("a", limits, 0, 123456.789))
+
+
 def test_retry_after_is_when_the_same_request_would_pass() -> None:
     limiter = RateLimiter()
     taken(limiter.take("a", LIMITS, 5000, 0.0))
@@ -176,6 +185,15 @@ def test_only_full_buckets_are_forgotten() -> None:
     taken(limiter.take("new", quick, 0, 2.0))
     assert len(limiter) == 2
     refused(limiter.take("slow", slow, 0, 3.0))
+
+
+def test_those_in_use_are_not_in_the_way_of_forgetting_others() -> None:
+    limiter = RateLimiter(max_keys=20)
+    for n in range(20):
+        taken(limiter.take(str(n), LIMITS, 100, 0.0))
+    for n in range(10):
+        taken(limiter.take(str(n), LIMITS, 100, 50.0))
+    taken(limiter.take("new", LIMITS, 100, 50.0))
 
 
 def test_any_number_of_keys_takes_bounded_memory() -> None:
