@@ -10,7 +10,8 @@ import importlib.util
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.asking import ENDPOINTS, PATIENCE, Ask, ask_all, unlike
 from tests.e2e.stacks import SMALL, START_PATIENCE, STOP_PATIENCE, Stack, client, free_port, serve
+from tests.e2e.test_death import engine_of
 from tests.e2e.test_disconnects import EVERY_MANNER, POLITE, generated, receive
 from tests.e2e.test_http import parted, streamed, whole
 
@@ -215,21 +217,64 @@ def test_what_nobody_waits_for_is_not_computed(routed: Stack, pds: dict[str, Sta
     assert generated(pds["shm"]) - before < 2 * len(bodies) * 480 / 2
 
 
-def test_two_prefill_and_two_decode_workers_share_the_work(
-    tiny_model_dir: Path, tmp_path: Path, unified: Stack
-) -> None:
+# --- two prefill and two decode workers
+
+
+@pytest.fixture(scope="module")
+def two_pairs(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, Stack]]:
+    """(the stack, the same through the router). The router may try often enough to be lucky with round robin, and as
+    it leaves a prefill worker waiting for a decode worker that has refused, that wait is short."""
+    directory = tmp_path_factory.mktemp("two-pairs")
+    flags = (*SMALL, "--disaggregation-transfer-backend", "tcp", "--meet-timeout", "3")
+    with (
+        serve(tiny_model_dir, TWO_PAIRS, directory, *flags) as stack,
+        routing(stack, directory, "--retry-max-retries", "20", "--retry-max-backoff-ms", "200") as through,
+    ):
+        yield stack, through
+
+
+def test_all_share_the_work(two_pairs: tuple[Stack, Stack], unified: Stack) -> None:
+    stack, through = two_pairs
     asks = {(name, at): ("chat", ask, True) for name, ask in ASKS.items() for at in range(4)}
     theirs = ask_all(unified.url, {name: ("chat", ask, False) for name, ask in ASKS.items()}, at_once=1)
-    with (
-        serve(tiny_model_dir, TWO_PAIRS, tmp_path, *SMALL, "--disaggregation-transfer-backend", "tcp") as stack,
-        routing(stack, tmp_path) as through,
-    ):
-        before = handed_off(stack)
-        assert not unlike(ask_all(through.url, asks, at_once=4), lambda key: theirs[key[0]])
-        each = [now - then for now, then in zip(handed_off(stack), before, strict=True)]
-        assert len(each) == 4
-        assert min(each) > 0, f"somebody had nothing to do: {each}"
-        stack.assert_clean()
+    before = handed_off(stack)
+    assert not unlike(ask_all(through.url, asks, at_once=4), lambda key: theirs[key[0]])
+    each = [now - then for now, then in zip(handed_off(stack), before, strict=True)]
+    assert len(each) == 4
+    assert min(each) > 0, f"somebody had nothing to do: {each}"
+    stack.assert_clean()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_an_engine_dies_and_no_answer_is_lost(two_pairs: tuple[Stack, Stack], unified: Stack, role: str) -> None:
+    """Workers say so before an answer begins, with a status that lets the router try again; whole answers begin at
+    their end. It takes the engine of one of the two workers, and the supervisor brings it back meanwhile."""
+    stack, through = two_pairs
+    ask = Ask("hello there " * 6, max_tokens=300, temperature=1.0, seed=3)
+    asks = {at: ("generate", replace(ask, seed=at), False) for at in range(8)}
+    theirs = ask_all(unified.url, asks, at_once=4)
+    before = sum(handed_off(stack))
+    with ThreadPoolExecutor(1) as pool:
+        ours = pool.submit(ask_all, through.url, asks, at_once=len(asks))
+        wait_until(lambda: sum(handed_off(stack)) > before or ours.done())
+        assert not ours.done()
+        engine_of(stack, role).kill()
+        assert not unlike(ours.result(), theirs.__getitem__)
+    wait_until(lambda: all(healthy(str(worker["url"])) for worker in stack.workers()))
+    stack.settle()
+
+
+def wait_until(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def healthy(url: str) -> bool:
+    """As the worker itself says; it knows of its engine's death at once."""
+    with client(url) as http:
+        return http.get("/health").status_code == 200
 
 
 def handed_off(stack: Stack) -> list[int]:
