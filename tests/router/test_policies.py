@@ -11,6 +11,7 @@ from baton.router.ask import Ask
 from baton.router.policies import BUILDERS, Policy, View, build, decode_turn
 from baton.router.policies.base import lightest
 from baton.router.policies.bucket import PERIOD, Bucket
+from baton.router.policies.consistent_hash import POINTS, Ring
 from baton.router.policies.simple import PowerOfTwo
 
 loads = st.lists(st.integers(0, 1000), min_size=1, max_size=20)
@@ -151,6 +152,14 @@ def test_a_forgotten_worker_that_is_still_there_keeps_its_keys() -> None:
     old = owners(policy, candidates)
     policy.forget("w1")
     assert owners(policy, candidates) == old
+
+
+def test_who_is_forgotten_leaves_nothing_on_the_ring() -> None:
+    ring = Ring()
+    ring.add(["a", "b"])
+    ring.remove("a")
+    ring.remove("never seen")
+    assert Counter(ring.walk(0)) == {"b": POINTS}
 
 
 def test_the_sets_of_several_models_do_not_mix() -> None:
