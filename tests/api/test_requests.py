@@ -141,7 +141,7 @@ def test_chat_options(model: ModelContext) -> None:
 
 
 def test_models(model: ModelContext) -> None:
-    for name in ("m", "alias", "default", "", None):
+    for name in ("m", "alias", "default", "unknown", "", None):
         Completions().parse(json.dumps({"prompt": "a", "model": name}).encode(), model, None)
 
 

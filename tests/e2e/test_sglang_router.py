@@ -73,7 +73,8 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
                 {"role": "assistant", "content": "größer"},
                 {"role": "user", "content": "🏃 ok?"},
             ],
-            **BRIEF,
+            "temperature": 0,
+            "max_tokens": 7,  # and no model: the router writes one
         },
     ),
 }

@@ -20,6 +20,8 @@ from baton.base.messages import Generate, Sampling, Ticket
 
 MAX_SEQUENCES = 1024
 """Sequences of one HTTP request: prompts times samples."""
+UNNAMED = ("default", "unknown")
+"""In `model`: whatever is served. The first is SGLang's, the second what its router writes when a client said none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class ModelContext:
         return self.names[0]
 
     def check_model(self, model: str | None) -> None:
-        if model and model not in self.names and model != "default":
+        if model and model not in self.names and model not in UNNAMED:
             raise NotFound(f'the model "{model}" is not served here; served: {self.name}', param="model")
 
 
