@@ -288,7 +288,7 @@ def test_a_deadline_at_any_moment_frees_everything(pd: Stack, seconds: float) ->
         workers = {str(w["worker_type"]): w for w in pd.workers()}
         prefill = (str(workers["prefill"]["url"]), int(str(workers["prefill"]["bootstrap_port"])))
         config = GatewayConfig(port=0, request_timeout=seconds)
-        async with serving(config, [prefill], [str(workers["decode"]["url"])]) as (gateway, _, _, port):
+        async with serving(config, [prefill], [str(workers["decode"]["url"])]) as (gateway, _, port):
             async with asyncio.timeout(PATIENCE):
                 while not all(worker.healthy for worker in gateway.router.registry.workers):
                     await asyncio.sleep(0.01)

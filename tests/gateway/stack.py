@@ -44,11 +44,12 @@ class Stack:
 async def stack(
     prefill: Behaviour, decode: Behaviour, *, regular: list[Mock] | None = None, ready: bool = True, **options: Any
 ) -> AsyncIterator[Stack]:
-    config = GatewayConfig(port=0, drain_timeout=1.0, **{"request_timeout": 10.0, "health_interval": 0.2, **options})
+    usual = {"request_timeout": 10.0, "health_interval": 0.2, "worker_wait": 0.0}
+    config = GatewayConfig(port=0, drain_timeout=1.0, **{**usual, **options})
     async with (
         Mock(prefill) as p,
         Mock(decode) as d,
-        serving(config, [(p.url, 8998)], [d.url], [m.url for m in regular or []]) as (gateway, _, _, port),
+        serving(config, [(p.url, 8998)], [d.url], [m.url for m in regular or []]) as (gateway, _, port),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=15) as client,
     ):
         if ready:

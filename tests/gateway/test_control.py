@@ -16,6 +16,7 @@ import pytest
 from baton.base.config import GatewayConfig
 from baton.base.errors import ConfigError
 from baton.gateway.app import run as run_gateway
+from baton.router.registry import Description
 from tests.gateway.stack import CHAT, RECEIPT, Stack, stack, with_stack
 from tests.router.mocks import Exchange, Mock, events, hang, reset, run, until, whole
 
@@ -51,7 +52,7 @@ def test_a_worker_that_is_down_at_start_is_found_later() -> None:
         async with Mock(whole({"late": 1})) as late:
             await late.stop()
             async with stack(hang, hang) as s:
-                worker = s.gateway.router.add(late.url, "regular")
+                worker = s.gateway.router.add(late.url, Description("regular"))
                 await until(lambda: "refused" in worker.reason)
                 await late.start()
                 await until(lambda: worker.healthy)

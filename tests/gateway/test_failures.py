@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from baton.router.registry import Description
 from tests.gateway.stack import CHAT, RECEIPT, Stack, stack, with_stack
 from tests.router.mocks import (
     Behaviour,
@@ -267,7 +268,7 @@ def pool_of(first: Behaviour, second: Behaviour) -> Behaviour:
 def test_another_decode_gets_the_request_with_a_new_room(status: int) -> None:
     async def main() -> None:
         async with Mock(whole({"ok": 1})) as spare, stack(RECEIPT, whole({"error": "no"}, status)) as s:
-            added = s.gateway.router.add(spare.url, "decode")
+            added = s.gateway.router.add(spare.url, Description("decode"))
             await until(lambda: added.healthy)
             for _ in range(4):
                 assert (await s.post()).json() == {"ok": 1}
@@ -283,7 +284,7 @@ def test_another_decode_gets_the_request_with_a_new_room(status: int) -> None:
 def test_a_dead_worker_costs_no_request_while_another_lives() -> None:
     async def main() -> None:
         async with Mock(whole({"ok": 1})) as spare, stack(RECEIPT, whole({"ok": 0})) as s:
-            added = s.gateway.router.add(spare.url, "decode")
+            added = s.gateway.router.add(spare.url, Description("decode"))
             await until(lambda: added.healthy)
             await s.decode.stop()
             replies = await asyncio.gather(*(s.post() for _ in range(20)))
@@ -410,7 +411,7 @@ def test_without_workers() -> None:
 
 
 def test_a_client_that_does_not_read_is_cut_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("baton.gateway.inference.GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("baton.gateway.deadlines.GRACE_SECONDS", 0.2)
 
     async def flood(exchange: Exchange) -> None:
         exchange.begin_stream()

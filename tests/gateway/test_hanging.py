@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from baton.router.monitor import Problem, Record
+from baton.router.registry import Description
 from tests.gateway.stack import CHAT, RECEIPT, Stack, stack, with_stack
 from tests.router.mocks import Exchange, Mock, events, hang, run, stream_then_hang, until, whole
 
@@ -164,7 +165,7 @@ def test_a_stopped_process() -> None:
             registry = s.gateway.router.registry
             for mock in (s.prefill, s.decode):
                 await s.gateway.router.remove(registry.find(mock.url))
-            real = s.gateway.router.add(f"http://127.0.0.1:{port}", "regular")
+            real = s.gateway.router.add(f"http://127.0.0.1:{port}", Description("regular"))
             await until(lambda: real.healthy)
             async with s.client.stream("POST", CHAT, json=STREAM) as reply:
                 parts = reply.aiter_raw()

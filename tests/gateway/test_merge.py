@@ -128,7 +128,7 @@ def test_completions_with_echo_streamed() -> None:
 def test_the_receipt_failing_after_decode_began_is_told() -> None:
     async def check(s: Stack) -> None:
         body = {"text": "a", "return_logprob": True, "stream": True}
-        assert (await s.post("/generate", json=body)).status_code == 502
+        assert (await s.post("/generate", json=body)).status_code == 500
 
     with_stack(whole({}, 500, delay=0.05), events(*sse(meta([]))), check)
 

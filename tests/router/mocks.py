@@ -166,6 +166,8 @@ class Mock:
             exchange.whole({}, self.health)
         elif exchange.path == "/server_info":
             exchange.whole(self.info)
+        elif exchange.path == "/version":
+            exchange.whole({}, 404)
         else:
             self.seen.append(exchange)
             await self.behave(exchange)

@@ -25,7 +25,14 @@ def decided(uncached_p: int, uncached_d: int, p: Side | None, d: Side, costs: Co
             1000,
             Side(waiting_prompt_tokens=1000),
             IDLE,
-            "whole: prefill side would take 2.20 s (1.00 s queue), decode side takes 2.00 s",
+            "split: prefill side takes 2.20 s (1.00 s queue), decode side would take 2.00 s",
+        ),
+        (
+            1000,
+            1000,
+            Side(waiting_prompt_tokens=2000),
+            IDLE,
+            "whole: prefill side would take 3.20 s (2.00 s queue), decode side takes 2.00 s",
         ),
         (
             1000,

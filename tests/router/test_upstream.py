@@ -9,9 +9,10 @@ from collections.abc import Callable
 import pytest
 
 from baton.base.errors import ConfigError
+from baton.router.call import HIGH_WATER, Call, Failure, Fault
 from baton.router.fetch import FetchFailed, Silence, fetch, request_bytes
 from baton.router.origin import Origin
-from baton.router.upstream import HIGH_WATER, Call, Failure, Fault, Pool
+from baton.router.upstream import Pool
 from tests.router.mocks import (
     Behaviour,
     Exchange,

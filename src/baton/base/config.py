@@ -171,6 +171,18 @@ class WorkerConfig:
         check_positive(self, "request_timeout")
 
 
+POLICIES = (
+    "round_robin",
+    "random",
+    "least_loaded",
+    "power_of_two",
+    "cache_aware",
+    "consistent_hash",
+    "sticky",
+    "bucket",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
     """The door in front of prefill and decode workers."""
@@ -179,14 +191,24 @@ class GatewayConfig:
     port: int = option(8000, "port to listen on")
     api_key: str = option("", "bearer token that requests must carry; empty: none")
     worker_api_key: str = option("", "bearer token sent to workers; empty: the client's own header passes")
-    policy: str = option("round_robin", "how workers are chosen", choices=("round_robin", "random", "least_loaded"))
+    policy: str = option("round_robin", "how workers are chosen", choices=POLICIES)
     prefill_policy: str = option("", "policy for prefill workers; empty: as --policy")
     decode_policy: str = option("", "policy for decode workers; empty: as --policy")
+    split: str = option(
+        "auto",
+        "divide requests between prefill and decode workers; auto: where it pays",
+        choices=("auto", "always", "never"),
+    )
+    min_split_tokens: int = option(64, "prompts with fewer uncached tokens are not divided (with --split auto)")
     request_timeout: float = option(
         600.0, "seconds until an unfinished request is cut; the header x-request-timeout may allow less, not more"
     )
-    stall_timeout: float = option(120.0, "seconds without a byte in the middle of a stream until it is cut")
-    retries: int = option(1, "further attempts after a failure the client has not seen anything of")
+    stall_timeout: float = option(30.0, "seconds without a byte in the middle of a stream until its worker is given up")
+    stage_timeout: float = option(
+        30.0, "seconds for the first token of a pair, more for long prompts, until it is given up"
+    )
+    worker_wait: float = option(10.0, "seconds to wait for a usable worker, if there was one lately")
+    retries: int = option(3, "further attempts after a failure the client has not seen anything of")
     connect_timeout: float = option(2.0, "seconds to reach a worker")
     health_interval: float = option(2.0, "seconds between health checks of a worker")
     health_timeout: float = option(5.0, "seconds a health check may take")

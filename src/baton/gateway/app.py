@@ -1,4 +1,4 @@
-"""The gateway as an ASGI application, and as a process: `run`."""
+"""The gateway as an application, and as a process: `run`."""
 
 from __future__ import annotations
 
@@ -10,114 +10,88 @@ import re
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-
-import uvicorn
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import cast
 
 from baton.base.config import GatewayConfig
-from baton.base.errors import BadRequest, ConfigError, TooLarge, Unauthorized
+from baton.base.errors import BadRequest, BatonError, ConfigError, Unauthorized
+from baton.gateway import asgi
 from baton.gateway.control import OPEN_PATHS, Control, new_request_id
-from baton.gateway.door import (
-    AsgiAnswer,
-    Inbound,
-    Receive,
-    Scope,
-    Send,
-    again,
-    read_body,
-    spawn_watch,
-    swallow,
-    target_of,
-)
-from baton.gateway.inference import PAIRED, Inference, InferenceOptions, refuse
+from baton.gateway.door import Answer, Inbound
+from baton.gateway.inference import PAIRED, Inference, InferenceOptions
+from baton.gateway.journey import Patience
 from baton.gateway.metrics import Metrics
-from baton.gateway.replies import RateLimited
-from baton.router.dispatch import ClientGone, Pulse
+from baton.gateway.replies import RateLimited, error_body, error_headers, refuse
+from baton.gateway.server import Bounds, Server
+from baton.router.call import Header
 from baton.router.health import Limits
+from baton.router.legs import ClientGone, Pulse
 from baton.router.monitor import Rhythm
-from baton.router.registry import Role
+from baton.router.planner import PlannerOptions, Split
+from baton.router.registry import Description, Role
 from baton.router.router import Router, RouterOptions
-from baton.router.upstream import Header
 
 log = logging.getLogger("baton.gateway")
 
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-CLOSE: Header = (b"connection", b"close")
 NATIVE = frozenset({"/generate", "/tokenize", "/detokenize"})
 """Routes for workers outside /v1/."""
 
 
 class Gateway:
-    """The ASGI application. Made inside a running loop; `close` releases everything it owns."""
+    """The application. Made inside a running loop; `close` releases everything it owns."""
 
     def __init__(self, config: GatewayConfig) -> None:
         self.router = Router(_router_options(config))
         self.metrics = Metrics(self.router.registry)
         self._config = config
-        self._limit = int(config.max_body_mb * 2**20)
         self._key = b"Bearer " + config.api_key.encode() if config.api_key else b""
         self._loop = asyncio.get_running_loop()
         self._control = Control(self.router, self.metrics).app()
-        options = InferenceOptions(config.request_timeout, config.stall_timeout, config.retries, config.worker_api_key)
+        patience = Patience(config.stall_timeout, config.stage_timeout, config.worker_wait, config.retries)
+        options = InferenceOptions(config.request_timeout, patience, config.worker_api_key)
         self._inference = Inference(self.router, self.metrics, options)
 
     async def close(self) -> None:
         await self.router.close()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        path: str = scope["path"]
-        if not self._allowed(scope["headers"], path):
+    async def __call__(self, inbound: Inbound, answer: Answer, pulse: Pulse) -> None:
+        path = inbound.path
+        if not self._allowed(inbound.headers, path):
             error = Unauthorized('this gateway wants "Authorization: Bearer <api key>", and the key must be right')
-            await refuse(AsgiAnswer(send), path, error, [CLOSE])
-        elif scope["method"] in ("POST", "PUT") and (path.startswith("/v1/") or path in NATIVE):
-            await self._infer(scope, receive, send)
+            refuse(answer, path, error, [])
+        elif inbound.method in ("POST", "PUT") and (path.startswith("/v1/") or path in NATIVE):
+            await self._infer(inbound, answer, pulse)
         else:
-            await self._manage(scope, receive, send)
+            await asgi.serve(self._control, inbound, answer, pulse)
 
-    async def _manage(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """All that is not inference. Its bodies have the same limit."""
-        try:
-            body = await read_body(scope, receive, self._limit)
-        except ClientGone:
-            return
-        except TooLarge as error:
-            answer, path = AsgiAnswer(send), scope["path"]
-            await refuse(answer, path, error, [CLOSE], last=lambda: swallow(receive, 4 * self._limit))
-            return
-        await self._control(scope, again(body, receive), send)
+    def refused(self, path: str, status: int, code: str, message: str) -> tuple[list[Header], bytes]:
+        error = BatonError(message)
+        error.status, error.code = status, code
+        return error_headers(error), error_body(path, error)
 
-    async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, metrics, answer = scope["path"], self.metrics, AsgiAnswer(send)
+    async def _infer(self, inbound: Inbound, answer: Answer, pulse: Pulse) -> None:
+        path, metrics = inbound.path, self.metrics
         started = time.perf_counter()
-        request_id = _request_id(scope["headers"])
-        own: list[Header] = [(b"x-request-id", request_id)]
+        request_id = _request_id(inbound.headers)
         if metrics.in_flight >= self._config.max_concurrent_requests:
             error = RateLimited(
                 f"{metrics.in_flight} requests are in progress, which is the limit here; try again soon"
             )
-            await refuse(answer, path, error, [*own, CLOSE])
+            refuse(answer, path, error, [(b"x-request-id", request_id)])
             metrics.finished(_route(path), 429, time.perf_counter() - started)
             return
         metrics.in_flight += 1
-        watcher: asyncio.Task[None] | None = None
+        status = 0
         try:
-            body = await read_body(scope, receive, self._limit)
-            pulse = Pulse(self._loop)
-            watcher = spawn_watch(self._loop, receive, pulse.leave)
-            inbound = Inbound(path, target_of(scope), scope["headers"], body)
             await self._inference.serve(inbound, answer, pulse, request_id)
+            status = answer.status
         except ClientGone:
             metrics.cancelled += 1
-            answer.status = 499
-        except TooLarge as error:
-            await refuse(answer, path, error, [*own, CLOSE], last=lambda: swallow(receive, 4 * self._limit))
+            status = 499
         finally:
-            if watcher is not None:
-                watcher.cancel()
             metrics.in_flight -= 1
-            metrics.finished(_route(path), answer.status, time.perf_counter() - started)
+            metrics.finished(_route(path), status, time.perf_counter() - started)
 
     def _allowed(self, headers: Sequence[Header], path: str) -> bool:
         if not self._key or path in OPEN_PATHS:
@@ -126,48 +100,25 @@ class Gateway:
         return len(given) == 1 and hmac.compare_digest(given[0], self._key)
 
 
-class Server(uvicorn.Server):
-    """uvicorn, which tells when it listens, and leaves signals to the process."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.listening.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    def stop(self) -> None:
-        """The first time: let requests finish. The second time: do not."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
-
-
 @contextlib.asynccontextmanager
 async def serving(
     config: GatewayConfig,
     prefill: Sequence[tuple[str, int | None]] = (),
     decode: Sequence[str] = (),
     regular: Sequence[str] = (),
-) -> AsyncIterator[tuple[Gateway, Server, asyncio.Task[None], int]]:
-    """A listening gateway inside the running loop: (gateway, server, its task, port). Leaving the block lets requests
-    in progress finish, for `drain_timeout` seconds at most. Raises `ConfigError` for unusable addresses."""
+) -> AsyncIterator[tuple[Gateway, Server, int]]:
+    """A listening gateway inside the running loop: (gateway, server, port). Leaving the block lets requests in progress
+    finish, for `drain_timeout` seconds at most. Raises `ConfigError` for unusable addresses."""
     listener = bind(config.host, config.port)
     gateway = Gateway(config)
     try:
         _register(gateway.router, prefill, decode, regular)
-        server = Server(_uvicorn_config(gateway, config))
-        task = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))
-        await server.listening.wait()
+        server = Server(gateway, Bounds(body=int(config.max_body_mb * 2**20)))
         try:
-            yield gateway, server, task, listener.getsockname()[1]
+            await server.listen([listener])
+            yield gateway, server, listener.getsockname()[1]
         finally:
-            server.should_exit = True
-            await task
+            await server.close(config.drain_timeout)
     finally:
         await gateway.close()
         listener.close()
@@ -183,12 +134,12 @@ def run(config: GatewayConfig, prefill: list[tuple[str, int | None]], decode: li
 async def _run(
     config: GatewayConfig, prefill: list[tuple[str, int | None]], decode: list[str], regular: list[str]
 ) -> None:
-    async with serving(config, prefill, decode, regular) as (_, server, task, port):
+    async with serving(config, prefill, decode, regular) as (_, server, port):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, server.stop)
         log.info("gateway listens on http://%s:%d", config.host, port)
-        await task
+        await server.stopped()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -219,33 +170,20 @@ def _register(
     ]
     for url, role, port in workers:
         try:
-            router.add(url, role, port)
+            router.add(url, Description(role, port))
         except BadRequest as error:
             raise ConfigError(error.message) from error
-
-
-def _uvicorn_config(gateway: Gateway, config: GatewayConfig) -> uvicorn.Config:
-    return uvicorn.Config(
-        gateway,
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        date_header=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=max(1, round(config.drain_timeout)),
-    )
 
 
 def _router_options(config: GatewayConfig) -> RouterOptions:
     key = config.worker_api_key or config.api_key
     return RouterOptions(
-        prefill_policy=config.prefill_policy or config.policy,
-        decode_policy=config.decode_policy or config.policy,
+        planner=PlannerOptions(
+            prefill_policy=config.prefill_policy or config.policy,
+            decode_policy=config.decode_policy or config.policy,
+            split=cast(Split, config.split),
+            min_split_tokens=config.min_split_tokens,
+        ),
         connect_timeout=config.connect_timeout,
         health=Rhythm(config.health_interval, config.health_timeout, config.health_failures),
         breaker=Limits(failures=config.breaker_failures),

@@ -13,12 +13,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from baton.base.errors import BadRequest, BatonError, ConfigError, Unavailable
-from baton.gateway.door import target_of
 from baton.gateway.metrics import Metrics
 from baton.gateway.replies import error_body, error_headers
 from baton.router import health
 from baton.router.fetch import FetchFailed
-from baton.router.registry import ROLES, Role, Worker
+from baton.router.registry import ROLES, Connector, Description, Role, Runtime, Worker
 from baton.router.router import Router
 
 OPEN_PATHS = frozenset({"/health", "/liveness", "/readiness", "/metrics"})
@@ -32,6 +31,12 @@ class NewWorker(msgspec.Struct):
     url: str
     worker_type: Role = "regular"
     bootstrap_port: int | None = None
+    runtime: Runtime = "auto"
+    connector: Connector = ""
+    ttl: float | None = None
+
+    def description(self) -> Description:
+        return Description(self.worker_type, self.bootstrap_port, self.runtime, self.connector, self.ttl)
 
 
 class Control:
@@ -69,7 +74,7 @@ class Control:
         registry = self._router.registry
         registry.refresh(asyncio.get_running_loop().time())
         total = {role: sum(w.role == role for w in registry.workers) for role in ROLES}
-        usable = {role: len(registry.snapshot.of(role).workers) for role in ROLES}
+        usable = {role: len(registry.snapshot.of(role)) for role in ROLES}
         ready = bool(usable["regular"] or (usable["prefill"] and usable["decode"]))
         body: dict[str, Any] = {
             "status": "ready" if ready else "not_ready",
@@ -99,7 +104,7 @@ class Control:
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise BadRequest(f'a worker is {{"url", "worker_type", "bootstrap_port"}}: {error}') from error
         try:
-            worker = self._router.add(new.url, new.worker_type, new.bootstrap_port)
+            worker = self._router.add(new.url, new.description())
         except ConfigError as error:
             raise BadRequest(error.message, param="url") from error
         return JSONResponse(
@@ -127,9 +132,11 @@ class Control:
 
     async def proxy(self, request: Request) -> Response:
         """The answer of one worker."""
-        worker = self._router.choose_one().answering
+        worker = self._router.plan_one().answering
+        query = request.scope["query_string"].decode("ascii", "replace")
+        target = request.scope["raw_path"].decode("ascii") + (f"?{query}" if query else "")
         try:
-            reply = await self._router.ask(worker, "GET", target_of(request.scope))
+            reply = await self._router.ask(worker, "GET", target)
         except FetchFailed as error:
             raise Unavailable(str(error)) from error
         kind = next((value.decode("latin-1") for name, value in reply.headers if name == b"content-type"), None)

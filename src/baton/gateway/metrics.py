@@ -43,6 +43,7 @@ class Metrics(Collector):
         self.in_flight = 0
         self.cancelled = 0
         self.retries = 0
+        self.resumes = 0
         self.leg_errors: dict[tuple[str, str], int] = {}
         """(role, kind)"""
         self._requests: dict[tuple[str, int], int] = {}
@@ -84,6 +85,7 @@ class Metrics(Collector):
         yield GaugeMetricFamily("baton_gateway_in_flight", "Requests in progress", value=self.in_flight)
         yield CounterMetricFamily("baton_gateway_cancelled", "Requests whose client left", value=self.cancelled)
         yield CounterMetricFamily("baton_gateway_retries", "Second attempts", value=self.retries)
+        yield CounterMetricFamily("baton_gateway_resumes", "Streams continued on another worker", value=self.resumes)
         errors = CounterMetricFamily("baton_gateway_leg_errors", "Lost legs of attempts", labels=["role", "kind"])
         for (role, kind), count in self.leg_errors.items():
             errors.add_metric([role, kind], count)
@@ -108,7 +110,7 @@ class Metrics(Collector):
                 errors.add_metric([*names, kind], count)
         usable = GaugeMetricFamily("baton_gateway_usable_workers", "Workers that get requests", labels=["role"])
         for role in ROLES:
-            usable.add_metric([role], len(self._registry.snapshot.of(role).workers))
+            usable.add_metric([role], len(self._registry.snapshot.of(role)))
         yield from (healthy, breaker, load, running, connections, errors, usable)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 
 from baton.base.errors import BatonError
 from baton.gateway.door import Answer
+from baton.gateway.journal import SEED, Journal
 from baton.gateway.replies import error_event
-from baton.router.dispatch import LegFailed, Legs, Pulse, is_event_stream
-from baton.router.upstream import Call, Header
+from baton.router.call import Call, Failure, Fault, Header
+from baton.router.legs import Legs, Pulse, is_event_stream
 
 DROPPED = frozenset(
     {
@@ -26,6 +27,7 @@ DROPPED = frozenset(
         b"transfer-encoding",
         b"upgrade",
         b"x-request-id",
+        SEED,
     }
 )
 """Headers that belong to one connection, or that the gateway says itself."""
@@ -34,74 +36,96 @@ MAX_EVENT = 1 << 20
 """An unfinished event larger than this is passed on in pieces."""
 
 
-@dataclass(slots=True)
+class Cutter(Protocol):
+    """(what can be passed on now, the rest) of what came."""
+
+    def __call__(self, data: bytes) -> tuple[bytes, bytes]: ...
+
+
 class Relay:
-    """One answer on its way; `first` is when a stream began (perf_counter)."""
+    """One answer on its way to the client."""
 
-    answer: Answer
-    path: str
-    headers: list[Header]
-    """The gateway's own."""
-    stall_timeout: float
-    first: float = 0.0
+    __slots__ = ("_answer", "_headers", "_path", "_tail", "events", "first", "journal", "started")
 
-    async def whole(self, call: Call, body: bytes) -> None:
+    def __init__(self, answer: Answer, path: str, headers: list[Header]) -> None:
+        self._answer = answer
+        self._path = path
+        self._headers = headers
+        """The gateway's own."""
+        self._tail = b""
+        """The beginning of a piece whose end has not come."""
+        self.first = 0.0
+        """When a stream began (perf_counter)."""
+        self.started = False
+        self.events = False
+        """It is an event stream."""
+        self.journal: Journal | None = None
+        """Set if the stream can be continued elsewhere."""
+
+    def whole(self, call: Call, body: bytes) -> None:
         """A complete reply in one piece."""
-        headers = self._headers(call)
-        headers.append((b"content-length", b"%d" % len(body)))
-        await self.answer.start(call.status, headers)
-        await self.answer.write(body, more=False)
+        self.started = True
+        self._answer.start(call.status, self._reply_headers(call), len(body))
+        self._answer.write(body, more=False)
 
-    async def stream(self, legs: Legs, pulse: Pulse, edit: Edit | None = None) -> BatonError | None:
-        """A reply while it comes in; `edit` may change whole events. Raises `ClientGone`; an error after the start is
-        told to the client (in an event, or by breaking off) and returned."""
-        call, answer = legs.answer.call, self.answer
-        events = is_event_stream(call)
-        loop = asyncio.get_running_loop()
-        legs.relaying = legs.eager = True
-        self.first = time.perf_counter()
-        await answer.start(call.status, self._headers(call))
-        stall = Stall(call, pulse, loop, self.stall_timeout)
-        tail = b""
-        try:
-            while True:
-                complete = call.complete
-                data = call.take()
-                if events:
-                    data, tail = cut(tail + data if tail else data)
-                    if edit is not None and data:
-                        data = edit(data)
-                if complete:
-                    await answer.write(data + tail, more=False)
-                    return None
-                if data:
-                    await answer.write(data, more=True)
-                if call.failure is not None and not call.chunks:
-                    return await self._broken(LegFailed.of(legs.answer), events)
-                await pulse.wait()
-        except BatonError as error:
-            return await self._broken(error, events)
-        finally:
-            stall.cancel()
+    async def stream(self, legs: Legs, pulse: Pulse, edit: Edit | None = None) -> bool:
+        """A reply while it comes in; `edit` may change whole events. True: it is complete; False: the worker failed,
+        and the client waits for the rest. Raises `ClientGone`, `TimedOut`."""
+        call, answer = legs.answer.call, self._answer
+        legs.relay()
+        cutter = self._begin(call) if not self.started else self._go_on(call)
+        while True:
+            complete = call.complete
+            data = call.take()
+            if cutter is not None:
+                data, self._tail = cutter(self._tail + data if self._tail else data)
+                if edit is not None and data:
+                    data = edit(data)
+            if complete:
+                answer.write(data + self._tail, more=False)
+                return True
+            if data:
+                answer.write(data, more=True)
+                if answer.paused:
+                    await answer.drained()
+            if call.failure is not None and not call.chunks:
+                return False
+            await pulse.wait()
 
-    async def _broken(self, error: BatonError, events: bool) -> BatonError:
-        if events:
-            await self.answer.write(error_event(self.path, error), more=False)
+    def broken(self, error: BatonError) -> None:
+        """The rest will not come: say so, or break off."""
+        if self.events:
+            self._answer.write(error_event(self._path, error), more=False)
         else:
-            self.answer.abort()
-        return error
+            self._answer.abort()
 
-    def _headers(self, call: Call) -> list[Header]:
-        return [header for header in call.headers if header[0] not in DROPPED] + self.headers
+    def _begin(self, call: Call) -> Cutter | None:
+        self.started, self.first = True, time.perf_counter()
+        self.events = is_event_stream(call)
+        self._answer.start(call.status, self._reply_headers(call))
+        seed = call.header(SEED)
+        if seed is not None and self.events:
+            self.journal = Journal(seed)
+            return self.journal.pieces
+        return cut if self.events else None
+
+    def _go_on(self, call: Call) -> Cutter | None:
+        """The answer of another worker, from where the last one stopped."""
+        self._tail = b""
+        return self.journal.pieces if self.journal is not None else cut
+
+    def _reply_headers(self, call: Call) -> list[Header]:
+        return [header for header in call.headers if header[0] not in DROPPED] + self._headers
 
 
 class Stall:
-    """Ends a stream from which nothing came for too long: one timer, moved only when it fires."""
+    """Gives up a worker from which nothing comes for too long in the middle of its answer: one timer, moved only when
+    it fires."""
 
     __slots__ = ("_call", "_loop", "_pulse", "_seconds", "_timer")
 
-    def __init__(self, call: Call, pulse: Pulse, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        self._call, self._pulse, self._loop, self._seconds = call, pulse, loop, seconds
+    def __init__(self, legs: Legs, pulse: Pulse, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._call, self._pulse, self._loop, self._seconds = legs.answer.call, pulse, loop, seconds
         self._timer = loop.call_later(seconds, self._look)
 
     def cancel(self) -> None:
@@ -112,7 +136,9 @@ class Stall:
         if self._call.paused or due > self._loop.time():
             self._timer = self._loop.call_at(max(due, self._loop.time() + 0.05), self._look)
         else:
-            self._pulse.expire(f"the worker sent nothing for {self._seconds:g} s in the middle of its answer")
+            message = f"it sent nothing for {self._seconds:g} s in the middle of its answer"
+            self._call.fail(Failure(Fault.LATE, message))
+            self._pulse.ring()
 
 
 def cut(data: bytes) -> tuple[bytes, bytes]:

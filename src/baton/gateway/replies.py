@@ -8,13 +8,15 @@ from typing import Any
 import msgspec
 
 from baton.base.errors import BatonError
-from baton.router.upstream import Header
+from baton.gateway.door import Answer
+from baton.router.call import Header
 
 JSON: Header = (b"content-type", b"application/json")
 DONE = b"data: [DONE]\n\n"
 STATUS_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
 }
@@ -25,6 +27,13 @@ class RateLimited(BatonError):
     """More requests at once than the gateway takes."""
 
     status, code, retryable, retry_after = 429, "rate_limited", True, 1.0
+
+
+def refuse(answer: Answer, path: str, error: BatonError, headers: list[Header]) -> None:
+    """An error in the gateway's own name."""
+    body = error_body(path, error)
+    answer.start(error.status, [*error_headers(error), *headers], len(body))
+    answer.write(body, more=False)
 
 
 def error_body(path: str, error: BatonError) -> bytes:

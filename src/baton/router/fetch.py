@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from baton.router.call import Fault, Header
 from baton.router.origin import Origin
-from baton.router.upstream import Fault, Header, Pool
+from baton.router.upstream import Pool
 
 
 def request_bytes(origin: Origin, method: str, path: str, headers: Iterable[Header] = (), body: bytes = b"") -> bytes:

@@ -10,14 +10,15 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from baton.router.call import Header
 from baton.router.fetch import FetchFailed, Silence, fetch
-from baton.router.registry import Registry, Worker
-from baton.router.upstream import Header
+from baton.router.registry import Facts, Registry, Runtime, Worker
 
 log = logging.getLogger("baton.gateway")
 
@@ -73,8 +74,12 @@ class Record:
 class Monitor:
     """Owns one task per worker, from `watch` to `forget` or `close`."""
 
-    def __init__(self, registry: Registry, rhythm: Rhythm, headers: tuple[Header, ...]) -> None:
+    def __init__(
+        self, registry: Registry, rhythm: Rhythm, headers: tuple[Header, ...], restarted: Callable[[Worker], None]
+    ) -> None:
+        """`restarted` is told of workers that are another instance than before."""
         self._registry = registry
+        self._restarted = restarted
         self._rhythm = rhythm
         self._headers = headers
         self._tasks: dict[Worker, asyncio.Task[None]] = {}
@@ -148,15 +153,22 @@ class Monitor:
         said = info.get("disaggregation_mode")
         if said in ("prefill", "decode") and worker.role != said:
             return Problem(f"registered as {worker.role} worker, but says of itself that it is a {said} worker")
-        port = info.get("disaggregation_bootstrap_port")
-        model = info.get("served_model_name") or info.get("model_path") or ""
-        self._registry.learned(
-            worker,
+        port, model = info.get("disaggregation_bootstrap_port"), info.get("served_model_name") or info.get("model_path")
+        facts = Facts(
+            runtime=_runtime(info) if info else await self._foreign(worker),
             instance=str(info.get("instance") or ""),
-            bootstrap_port=port if worker.role == "prefill" and isinstance(port, int) else None,
-            model=str(model),
+            model=str(model or ""),
+            bootstrap_port=port if isinstance(port, int) else None,
         )
+        if self._registry.learned(worker, facts):
+            log.info("%s worker %s was restarted", worker.role, worker.url)
+            self._restarted(worker)
         return None
+
+    async def _foreign(self, worker: Worker) -> Runtime:
+        """vLLM's servers have no `/server_info`, but say their version."""
+        reply = await fetch(worker.pool, "GET", "/version", headers=self._headers, timeout=self._rhythm.timeout)
+        return "vllm" if reply.ok and b'"version"' in reply.body else "sglang"
 
     async def _info(self, worker: Worker) -> dict[str, Any]:
         """What the worker says of itself; empty if it has no such route."""
@@ -169,3 +181,7 @@ class Monitor:
             if reply.status != 404:
                 break
         return {}
+
+
+def _runtime(info: dict[str, Any]) -> Runtime:
+    return "baton" if "instance" in info else "sglang"

@@ -15,10 +15,40 @@ from baton.base.errors import BadRequest, NotFound
 from baton.router import health
 from baton.router.health import Breaker, Limits
 from baton.router.origin import Origin
+from baton.router.policies import View
 from baton.router.upstream import Pool
 
 Role = Literal["prefill", "decode", "regular"]
 ROLES: tuple[Role, ...] = ("prefill", "decode", "regular")
+Runtime = Literal["auto", "baton", "sglang", "vllm"]
+RUNTIMES: tuple[Runtime, ...] = ("auto", "baton", "sglang", "vllm")
+Connector = Literal["", "nixl", "nixl-push", "mooncake"]
+"""How vLLM's workers hand over KV cache; it decides what they must be told."""
+CONNECTORS: tuple[Connector, ...] = ("", "nixl", "nixl-push", "mooncake")
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A worker as whoever registers it describes it."""
+
+    role: Role = "regular"
+    bootstrap_port: int | None = None
+    """None: the worker's own default."""
+    runtime: Runtime = "auto"
+    """Auto: found out by asking it."""
+    connector: Connector = ""
+    ttl: float | None = None
+    """Seconds after which it is taken out unless it is heard of again (self-registration). None: it stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """A worker as it describes itself."""
+
+    runtime: Runtime
+    instance: str = ""
+    model: str = ""
+    bootstrap_port: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -26,10 +56,12 @@ class Worker:
     """One worker as the gateway knows it. Changed only by `Registry`."""
 
     origin: Origin
-    role: Role
     pool: Pool
-    bootstrap_port: int | None = None
+    role: Role
+    bootstrap_port: int | None
     """As configured, else as the worker says; None: the worker's own default."""
+    runtime: Runtime
+    connector: Connector
     id: str = ""
     instance: str = ""
     """What the worker calls this start of itself; a restarted worker is another instance."""
@@ -39,10 +71,22 @@ class Worker:
     healthy: bool = False
     reason: str = "not checked yet"
     """Why it is not healthy; "" if it is."""
+    draining: bool = False
+    """It gets no more requests, and is removed when it has none left."""
+    expires: float | None = None
+    """When it is taken out, unless it is heard of again."""
+    seen: float = 0.0
+    """When it was last healthy."""
     breaker: Breaker = health.CLOSED
     load: int = 0
     """Tokens in flight, estimated at dispatch."""
     in_flight: int = 0
+    prefilling: int = 0
+    """Prompt tokens of whole requests that have not begun to answer: what it prefills itself."""
+    pairs: int = 0
+    """Pairs it was the decode side of."""
+    served: int = 0
+    """Requests (legs) that went well."""
     errors: dict[str, int] = field(default_factory=dict)
     _loads: list[int] = field(default_factory=lambda: [0])
     _slot: int = 0
@@ -51,33 +95,54 @@ class Worker:
     def url(self) -> str:
         return self.origin.url
 
+    @property
+    def alone(self) -> bool:
+        """It can serve a request without a partner. SGLang's decode workers cannot."""
+        return self.role == "regular" or (self.role == "decode" and self.runtime in ("baton", "vllm"))
+
     def __repr__(self) -> str:
-        return (
-            f"<Worker {self.role} {self.url} {'healthy' if self.healthy else self.reason}, {self.in_flight} in flight>"
-        )
+        state = "draining" if self.draining else "healthy" if self.healthy else self.reason
+        return f"<Worker {self.role} {self.url} {state}, {self.in_flight} in flight>"
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Workers of one role that may be used now, and their loads in the same order (live)."""
+    """Workers that may be used now, and how the policies see them: in the same order, loads live."""
 
     workers: tuple[Worker, ...] = ()
-    loads: list[int] = field(default_factory=list)
+    view: View = field(default_factory=lambda: View((), []))
 
     def without(self, avoid: frozenset[Worker]) -> Candidates:
-        kept = [(w, load) for w, load in zip(self.workers, self.loads, strict=True) if w not in avoid]
-        return Candidates(tuple(w for w, _ in kept), [load for _, load in kept])
+        kept = [index for index, worker in enumerate(self.workers) if worker not in avoid]
+        if len(kept) == len(self.workers):
+            return self
+        ids, loads = self.view.ids, self.view.loads
+        view = View(tuple(ids[index] for index in kept), [loads[index] for index in kept])
+        return Candidates(tuple(self.workers[index] for index in kept), view)
+
+
+EMPTY = Candidates()
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """The usable workers of one model."""
+
+    answering: Candidates = EMPTY
+    """Whoever can give the answer: regular workers, and decode workers that have a partner or can do without."""
+    prefill: dict[Runtime, Candidates] = field(default_factory=dict)
+    """Who can prefill for decode workers of the same runtime."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    prefill: Candidates = Candidates()
-    decode: Candidates = Candidates()
-    regular: Candidates = Candidates()
+    workers: tuple[Worker, ...] = ()
+    """All that are usable."""
+    fleets: dict[str, Fleet] = field(default_factory=dict)
+    """By model."""
 
-    def of(self, role: Role) -> Candidates:
-        found: Candidates = getattr(self, role)
-        return found
+    def of(self, role: Role) -> tuple[Worker, ...]:
+        return tuple(worker for worker in self.workers if worker.role == role)
 
 
 class Registry:
@@ -87,6 +152,8 @@ class Registry:
         self.snapshot = Snapshot()
         self.doubted = doubted
         """Called when a worker should be looked at: a request was lost there."""
+        self.changed: Callable[[], None] = lambda: None
+        """Called after every change of the snapshot."""
         self._limits = limits
         self._workers: dict[str, Worker] = {}
 
@@ -94,13 +161,24 @@ class Registry:
     def workers(self) -> tuple[Worker, ...]:
         return tuple(self._workers.values())
 
-    def add(self, origin: Origin, role: Role, bootstrap_port: int | None, pool: Pool) -> Worker:
+    def add(self, origin: Origin, about: Description, pool: Pool, now: float) -> Worker:
         """A new worker, not used before it is found healthy. Raises `BadRequest` if its URL is taken."""
         if origin.url in self._workers:
             raise BadRequest(f"worker {origin.url} is registered already; remove it first", param="url")
-        worker = Worker(origin, role, pool, bootstrap_port, id=str(uuid.uuid5(uuid.NAMESPACE_URL, origin.url)))
+        worker = Worker(origin, pool, about.role, about.bootstrap_port, about.runtime, about.connector)
+        worker.id = str(uuid.uuid5(uuid.NAMESPACE_URL, origin.url))
+        worker.expires = None if about.ttl is None else now + about.ttl
         self._workers[origin.url] = worker
         return worker
+
+    def drain(self, worker: Worker, now: float) -> None:
+        """No new requests; those in flight go on."""
+        worker.draining = True
+        self.refresh(now)
+
+    def renewed(self, worker: Worker, ttl: float | None, now: float) -> None:
+        """It was heard of again."""
+        worker.expires = None if ttl is None else now + ttl
 
     def remove(self, worker: Worker, now: float) -> None:
         self._workers.pop(worker.url, None)
@@ -113,15 +191,23 @@ class Registry:
                 return worker
         raise NotFound(f"no worker {id_or_url!r}; GET /workers lists them")
 
-    def learned(self, worker: Worker, instance: str, bootstrap_port: int | None, model: str) -> None:
-        """What the worker says of itself."""
-        if worker.revision == 0 or (instance and instance != worker.instance):
+    def by_url(self, url: str) -> Worker | None:
+        return self._workers.get(url)
+
+    def learned(self, worker: Worker, facts: Facts) -> bool:
+        """What the worker says of itself. True if it is another start of it than before."""
+        another = worker.revision > 0 and bool(facts.instance) and facts.instance != worker.instance
+        if worker.revision == 0 or another:
             worker.revision += 1
-        worker.instance, worker.model = instance, model
-        if worker.bootstrap_port is None:
-            worker.bootstrap_port = bootstrap_port
+        worker.instance, worker.model = facts.instance, facts.model
+        if worker.runtime == "auto":
+            worker.runtime = facts.runtime
+        if worker.bootstrap_port is None and worker.role == "prefill":
+            worker.bootstrap_port = facts.bootstrap_port
+        return another
 
     def up(self, worker: Worker, now: float) -> None:
+        worker.seen = now
         if worker.healthy and not worker.breaker.opened:
             return  # the usual case: nothing has changed
         if not worker.healthy:
@@ -134,12 +220,18 @@ class Registry:
 
     def refresh(self, now: float) -> None:
         """Make a new snapshot if the set of usable workers has changed (breakers change with time)."""
-        usable: dict[Role, list[Worker]] = {role: [] for role in ROLES}
-        for worker in self._workers.values():
-            if worker.healthy and health.allows(worker.breaker, now):
-                usable[worker.role].append(worker)
-        if any(tuple(usable[role]) != self.snapshot.of(role).workers for role in ROLES):
-            self.snapshot = Snapshot(*(self._candidates(usable[role]) for role in ROLES))
+        usable = tuple(
+            worker
+            for worker in self._workers.values()
+            if worker.healthy and not worker.draining and health.allows(worker.breaker, now)
+        )
+        if usable == self.snapshot.workers:
+            return
+        models: dict[str, list[Worker]] = {}
+        for worker in usable:
+            models.setdefault(worker.model, []).append(worker)
+        self.snapshot = Snapshot(usable, {model: _fleet(workers) for model, workers in models.items()})
+        self.changed()
 
     def charge(self, worker: Worker, tokens: int, now: float) -> None:
         """A request of about `tokens` tokens was sent to `worker`."""
@@ -157,6 +249,7 @@ class Registry:
         worker._loads[worker._slot] = worker.load
 
     def succeeded(self, worker: Worker, now: float) -> None:
+        worker.served += 1
         if worker.breaker is not health.CLOSED:
             worker.breaker = health.CLOSED
             self.refresh(now)
@@ -169,9 +262,18 @@ class Registry:
         if worker.breaker.opened:
             self.refresh(now)
 
-    @staticmethod
-    def _candidates(workers: list[Worker]) -> Candidates:
-        loads = [worker.load for worker in workers]
-        for slot, worker in enumerate(workers):
-            worker._loads, worker._slot = loads, slot
-        return Candidates(tuple(workers), loads)
+
+def _fleet(workers: list[Worker]) -> Fleet:
+    prefill: dict[Runtime, list[Worker]] = {}
+    for worker in workers:
+        if worker.role == "prefill":
+            prefill.setdefault(worker.runtime, []).append(worker)
+    answering = [w for w in workers if w.role != "prefill" and (w.alone or w.runtime in prefill)]
+    return Fleet(_candidates(answering), {runtime: _candidates(some) for runtime, some in prefill.items()})
+
+
+def _candidates(workers: list[Worker]) -> Candidates:
+    loads = [worker.load for worker in workers]
+    for slot, worker in enumerate(workers):
+        worker._loads, worker._slot = loads, slot
+    return Candidates(tuple(workers), View(tuple(worker.id for worker in workers), loads))

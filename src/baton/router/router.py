@@ -8,24 +8,30 @@ from dataclasses import dataclass, field
 from random import Random
 
 from baton.base.errors import Unavailable
-from baton.router import policies
-from baton.router.dispatch import Dialect, Legs, Native, Parcel, Pulse, Regular, Target
+from baton.router.ask import Ask
+from baton.router.call import Header
+from baton.router.dialects.native import Native
+from baton.router.dialects.whole import Whole
 from baton.router.fetch import FetchFailed, Reply, fetch
 from baton.router.health import Limits
+from baton.router.legs import Legs, Pulse
 from baton.router.monitor import Monitor, Rhythm
 from baton.router.origin import Origin
-from baton.router.registry import Candidates, Registry, Role, Worker
-from baton.router.upstream import Header, Pool
+from baton.router.planner import Planner, PlannerOptions
+from baton.router.registry import Description, Registry, Role, Runtime, Worker
+from baton.router.target import Dialect, Parcel, Target
+from baton.router.upstream import Pool
 
 log = logging.getLogger("baton.gateway")
 
 NOBODY: frozenset[Worker] = frozenset()
+HOPE_SECONDS = 30.0
+"""A worker that was healthy so recently may come back."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouterOptions:
-    prefill_policy: str = "round_robin"
-    decode_policy: str = "round_robin"
+    planner: PlannerOptions = field(default_factory=PlannerOptions)
     connect_timeout: float = 2.0
     health: Rhythm = field(default_factory=Rhythm)
     breaker: Limits = field(default_factory=Limits)
@@ -37,30 +43,35 @@ class Router:
     """Owns the workers' connections and the tasks that watch them: `close` releases both."""
 
     def __init__(self, options: RouterOptions, random: Random | None = None) -> None:
-        self.registry = Registry(options.breaker, self._doubted)
         self._options = options
         self._random = random or Random()  # seeded by the system
         self._loop = asyncio.get_running_loop()
-        self._monitor = Monitor(self.registry, options.health, options.worker_headers)
-        self._prefill_policy = policies.policy(options.prefill_policy)
-        self._decode_policy = policies.policy(options.decode_policy)
+        self.registry = Registry(options.breaker, self._doubted)
+        self.registry.changed = self._changed
+        self._monitor = Monitor(self.registry, options.health, options.worker_headers, self._forget)
+        self.planner = Planner(self.registry, options.planner, self._random)
         self._turn = 0
-        self._dialects: dict[str, Dialect] = {
-            "native": Native(self.registry, self._loop, self._random),
-            "regular": Regular(self.registry, self._loop),
-        }
+        self._waiting: set[Pulse] = set()
+        self._whole: Dialect = Whole(self.registry, self._loop)
+        native = Native(self.registry, self._loop, self._random)
+        self._pairs: dict[Runtime, Dialect] = {"baton": native, "sglang": native}
 
-    def add(self, url: str, role: Role, bootstrap_port: int | None = None) -> Worker:
+    def add(self, url: str, about: Description) -> Worker:
         """Raises `ConfigError` for a bad URL, `BadRequest` if it is there already. Used as soon as it is healthy."""
         origin = Origin.parse(url)
         pool = Pool(origin, connect_timeout=self._options.connect_timeout)
-        worker = self.registry.add(origin, role, bootstrap_port, pool)
+        worker = self.registry.add(origin, about, pool, self._loop.time())
         self._monitor.watch(worker)
         return worker
 
-    async def remove(self, worker: Worker) -> None:
-        """No new requests; those in flight are broken off."""
+    async def remove(self, worker: Worker, patience: float = 0.0) -> None:
+        """No new requests; those in flight have `patience` seconds, then they are broken off."""
+        self.registry.drain(worker, self._loop.time())
+        until = self._loop.time() + patience
+        while worker.in_flight and self._loop.time() < until:
+            await asyncio.sleep(0.02)
         self.registry.remove(worker, self._loop.time())
+        self._forget(worker)
         await self._monitor.forget(worker)
         await worker.pool.close()
 
@@ -70,29 +81,47 @@ class Router:
         for worker in self.registry.workers:
             await worker.pool.close()
 
-    def choose(self, avoid: frozenset[Worker] = NOBODY) -> Target:
-        """A pair if there is one, else a regular worker. Raises `Unavailable` with the reason."""
-        target = self._choose(avoid)
+    def plan(self, ask: Ask, model: str, avoid: frozenset[Worker] = NOBODY, runtime: Runtime = "auto") -> Target:
+        """Who shall serve. `avoid`: workers that failed this request already; `runtime`: only such workers will do.
+        Raises `Unavailable` with the reason, `NotFound` if nobody has the model."""
+        target = self.planner.plan(ask, model, avoid, runtime)
         if target is None:
             self.registry.refresh(self._loop.time())  # a breaker's cooldown may be over
-            target = self._choose(avoid)
+            target = self.planner.plan(ask, model, avoid, runtime)
         if target is None:
             raise Unavailable(self.missing(avoid))
         return target
 
-    def choose_one(self, avoid: frozenset[Worker] = NOBODY) -> Target:
+    def plan_one(self, avoid: frozenset[Worker] = NOBODY) -> Target:
         """One worker for a request that is not generation: regular, else decode, else prefill. Raises `Unavailable`."""
         self.registry.refresh(self._loop.time())
         roles: tuple[Role, ...] = ("regular", "decode", "prefill")
         for role in roles:
-            candidates = self._candidates(role, avoid)
-            if candidates.workers:
+            workers = [worker for worker in self.registry.snapshot.of(role) if worker not in avoid]
+            if workers:
                 self._turn += 1
-                return Target(candidates.workers[policies.round_robin(candidates.loads, self._turn, 0.0)])
+                return Target(workers[self._turn % len(workers)])
         raise Unavailable(self.missing(avoid))
 
     def send(self, target: Target, parcel: Parcel, pulse: Pulse) -> Legs:
-        return self._dialects[target.dialect].send(target, parcel, pulse)
+        """Raises nothing: whatever happens is told to the legs."""
+        dialect = self._whole if target.prefill is None else self._pairs[target.answering.runtime]
+        return dialect.send(target, parcel, pulse)
+
+    def hopeful(self) -> bool:
+        """There may be a usable worker soon: one was healthy just now, or has not been looked at yet."""
+        horizon = self._loop.time() - HOPE_SECONDS
+        return any(worker.seen > horizon or worker.revision == 0 for worker in self.registry.workers)
+
+    async def change(self, pulse: Pulse, seconds: float) -> None:
+        """Until the usable workers change, for `seconds` at most. Raises `ClientGone` or `TimedOut`."""
+        self._waiting.add(pulse)
+        timer = self._loop.call_later(seconds, pulse.ring)
+        try:
+            await pulse.wait()
+        finally:
+            timer.cancel()
+            self._waiting.discard(pulse)
 
     async def ask(self, worker: Worker, method: str, path: str, body: bytes = b"", timeout: float = 10.0) -> Reply:
         """One control request. Raises `FetchFailed`."""
@@ -116,23 +145,12 @@ class Router:
     def _doubted(self, worker: Worker) -> None:
         self._monitor.nudge(worker)
 
-    def _choose(self, avoid: frozenset[Worker]) -> Target | None:
-        prefill, decode = self._candidates("prefill", avoid), self._candidates("decode", avoid)
-        turn = self._turn
-        self._turn = turn + 1
-        if prefill.workers and decode.workers:
-            p = self._prefill_policy(prefill.loads, turn, self._random.random())
-            shifted = policies.decode_turn(turn, len(prefill.workers), len(decode.workers))
-            d = self._decode_policy(decode.loads, shifted, self._random.random())
-            return Target(decode.workers[d], prefill.workers[p])
-        regular = self._candidates("regular", avoid)
-        if regular.workers:
-            return Target(regular.workers[self._decode_policy(regular.loads, turn, self._random.random())])
-        return None
+    def _changed(self) -> None:
+        for pulse in self._waiting:
+            pulse.ring()
 
-    def _candidates(self, role: Role, avoid: frozenset[Worker]) -> Candidates:
-        candidates = self.registry.snapshot.of(role)
-        return candidates.without(avoid) if avoid else candidates
+    def _forget(self, worker: Worker) -> None:
+        self.planner.forget(worker)
 
     def missing(self, avoid: frozenset[Worker] = NOBODY) -> str:
         """Why nobody can serve, in a sentence for people."""
@@ -140,13 +158,16 @@ class Router:
         if not workers:
             return "no workers are registered; add some with POST /workers"
         roles = {worker.role for worker in workers}
-        if roles in ({"prefill"}, {"decode"}):
+        if roles in ({"prefill"}, {"decode"}) and not any(worker.alone for worker in workers if worker.healthy):
             other = "decode" if roles == {"prefill"} else "prefill"
-            return f"no {other} worker is registered; a {roles.pop()} worker alone cannot serve"
+            if all(worker.healthy for worker in workers):
+                return f"no {other} worker is registered; a {roles.pop()} worker alone cannot serve"
         parts = []
         for worker in workers:
             if not worker.healthy:
                 parts.append(f"{worker.role} {worker.url} is down ({worker.reason})")
+            elif worker.draining:
+                parts.append(f"{worker.role} {worker.url} is being removed")
             elif worker.breaker.opened:
                 parts.append(f"{worker.role} {worker.url} has failed {worker.breaker.failures} times in a row")
             elif worker in avoid:

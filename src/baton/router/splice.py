@@ -25,17 +25,22 @@ MAX_SAMPLES = 1024
 _UNSET = msgspec.UNSET
 _Raw = msgspec.Raw | msgspec.UnsetType
 
-RENDEZVOUS = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
+OURS = ("bootstrap_host", "bootstrap_port", "bootstrap_room", "kv_transfer_params", "baton_resume")
+"""Fields that only a gateway may write: what a client says there is taken out. With `kv_transfer_params` a client could
+stop a vLLM server, or read from another one's memory."""
 
 
 class _Fields(msgspec.Struct):
     stream: Any = False
+    model: Any = None
+    priority: Any = 0
     n: Any = 1
     max_tokens: Any = None
     max_completion_tokens: Any = None
     echo: Any = None
     logprobs: Any = None
     return_logprob: Any = None
+    messages: _Raw = _UNSET
     prompt: _Raw = _UNSET
     text: _Raw = _UNSET
     input_ids: _Raw = _UNSET
@@ -44,6 +49,8 @@ class _Fields(msgspec.Struct):
     bootstrap_host: _Raw = _UNSET
     bootstrap_port: _Raw = _UNSET
     bootstrap_room: _Raw = _UNSET
+    kv_transfer_params: _Raw = _UNSET
+    baton_resume: _Raw = _UNSET
     routed_dp_rank: _Raw = _UNSET
     disagg_prefill_dp_rank: _Raw = _UNSET
 
@@ -74,19 +81,23 @@ class Body:
     """Tokens that may be generated, over all sequences; an estimate where the client said nothing."""
     merge: Merge
     """The client asked for prompt logprobs, which only the prefill worker has."""
-    rendezvous: bool
-    """The client wrote P/D fields of its own, which are replaced."""
+    claimed: bool
+    """The client wrote fields that are ours to write."""
     ranks: bool
     """The client chose data-parallel ranks."""
+    model: str = ""
+    prompt: bytes = b""
+    """JSON, as the client wrote it."""
+    priority: int = 0
 
 
 def read(raw: bytes, kind: Kind) -> Body:
     """Raises `BadRequest` if `raw` is not a JSON object, or asks for more than `MAX_SAMPLES` sequences."""
     try:
         fields = _FIELDS.decode(raw)
-        rendezvous = any(getattr(fields, name) is not _UNSET for name in RENDEZVOUS)
+        claimed = any(getattr(fields, name) is not _UNSET for name in OURS)
         ranks = fields.routed_dp_rank is not _UNSET or fields.disagg_prefill_dp_rank is not _UNSET
-        if rendezvous or ranks:
+        if claimed or ranks:
             _OBJECT.decode(raw)  # `pair` will: now is the time to find a key that is not UTF-8
     except msgspec.ValidationError as error:
         raise BadRequest(f"the request body must be a JSON object: {error}") from error
@@ -119,26 +130,34 @@ def read(raw: bytes, kind: Kind) -> Body:
         prompt_tokens=len(raw) // 4 + 1,
         max_tokens=max_tokens * (samples or 1),
         merge=merge,
-        rendezvous=rendezvous,
+        claimed=claimed,
         ranks=ranks,
+        model=fields.model if isinstance(fields.model, str) else "",
+        prompt=_prompt(fields),
+        priority=fields.priority if type(fields.priority) is int else 0,
     )
 
 
 def opaque(raw: bytes) -> Body:
-    """A body that is nobody's business on the way (it need not be JSON): sent to one worker as it is."""
-    tokens = len(raw) // 4 + 1
-    return Body(raw, False, None, tokens, 0, "", rendezvous=False, ranks=False)
+    """A body that is nobody's business on the way, perhaps not JSON: one worker gets it as it is, without `OURS`."""
+    claimed = False
+    if b"kv_transfer_params" in raw or b"\\u" in raw:  # (a key may be written with escapes)
+        try:
+            claimed = not _OBJECT.decode(raw).keys().isdisjoint(OURS)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            claimed = False
+    return Body(raw, False, None, len(raw) // 4 + 1, 0, "", claimed=claimed, ranks=False)
 
 
 def pair(body: Body, host: str, port: int | None, rooms: Sequence[int]) -> tuple[bytes, bytes]:
     """The bodies for the prefill and the decode worker. One room: scalar fields; more: lists, one item per sequence
     (`rooms` has `body.samples` items, or one if that is None)."""
     fields = _rendezvous(host, port, rooms, listed=body.samples is not None)
-    if not (body.rendezvous or body.ranks):
+    if not (body.claimed or body.ranks):
         both = append(body.raw, fields)
         return both, both
     members = _OBJECT.decode(body.raw)
-    for name in RENDEZVOUS:
+    for name in OURS:
         members.pop(name, None)
     decode = append(msgspec.json.encode(members), fields)
     if "disagg_prefill_dp_rank" in members:  # decode's name for the rank that the prefill worker calls its own
@@ -149,10 +168,10 @@ def pair(body: Body, host: str, port: int | None, rooms: Sequence[int]) -> tuple
 
 def single(body: Body) -> bytes:
     """The body for a worker that does everything: without the P/D fields, which would make it wait for a peer."""
-    if not body.rendezvous:
+    if not body.claimed:
         return body.raw
     members = _OBJECT.decode(body.raw)
-    for name in RENDEZVOUS:
+    for name in OURS:
         members.pop(name, None)
     return msgspec.json.encode(members)
 
@@ -174,6 +193,13 @@ def _rendezvous(host: str, port: int | None, rooms: Sequence[int], *, listed: bo
         b",".join([number] * count),
         b",".join([b"%d" % room for room in rooms]),
     )
+
+
+def _prompt(fields: _Fields) -> bytes:
+    for raw in (fields.messages, fields.prompt, fields.text, fields.input_ids):
+        if raw is not _UNSET:
+            return bytes(raw)
+    return b""
 
 
 def _sampling(raw: _Raw) -> tuple[Any, Any]:

@@ -40,6 +40,9 @@ class Costs:
     """What is less is computed where it is needed."""
     harm_weight: float = 0.1
     """What a second of a running stream is worth, in seconds of the new request. 0: streams do not count."""
+    margin: float = 1.25
+    """A decode worker that computes prompts delays those who come after, too, which nobody can foresee: to go whole, a
+    request must be so many times faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ def decide(ask: Ask, uncached_p: int, uncached_d: int, p: Side | None, d: Side, 
     split = queue + lacking_p / costs.prefill_speed + handoff
     tiny = lacking_d < costs.min_split_tokens
     return Decision(
-        split=not tiny and split <= whole + harm,
+        split=not tiny and split <= costs.margin * (whole + harm),
         uncached=lacking_d,
         whole_seconds=whole,
         harm_seconds=harm,

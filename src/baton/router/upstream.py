@@ -1,156 +1,26 @@
 """A lean pooled HTTP/1.1 client: requests are bytes, replies are bytes, nothing is a task once a connection stands.
 
-    Pool (one worker) ── call(request) ──▶ Call ◀── Connection (socket + parser) fills it in, then calls `notify`
+    Pool (one worker) ── send(call, request) ──▶ Call ◀── Connection (socket + parser) fills it in, then calls `notify`
 
-A `Call` is owned by whoever made it and ends in exactly one of: `complete`, `failure`, or `cancel()`. Cancelling closes
-the connection, which is how a worker learns that nobody waits any more.
+Cancelling a call closes its connection, which is how a worker learns that nobody waits any more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import httptools
 
+from baton.router.call import Call, Failure, Fault
 from baton.router.origin import Origin
 
-Header = tuple[bytes, bytes]
-"""(lower-case name, value)"""
-
-HIGH_WATER = 1 << 20
-"""Bytes a call holds before its connection stops reading."""
 MAX_HEAD = 64 * 1024
 IDLE_SECONDS = 55.0
 """Idle connections are closed after this; the worker usually does it earlier, which is seen at once."""
-
-
-class Fault(enum.Enum):
-    """Why a call ended without a reply."""
-
-    REFUSED = "refused"
-    """No connection: the request was never sent."""
-    SILENT = "silent"
-    """Nobody answers, and nobody hangs up: no connection in time, or the monitor has had no word for too long."""
-    STALE = "stale"
-    """A kept-alive connection was closed before the first byte of a reply: most likely it had been idle too long."""
-    RESET = "reset"
-    """The connection was lost before the reply was complete."""
-    GARBAGE = "garbage"
-    """What came back is not HTTP."""
-    CANCELLED = "cancelled"
-    """We closed it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    fault: Fault
-    message: str
-
-
-class Call:
-    """One request to one worker, and what has come back so far.
-
-    `notify` is called (in the event loop, never from inside `Pool.call`) after every piece of news: head, body bytes,
-    end, failure. It is not called after `cancel()`.
-    """
-
-    __slots__ = (
-        "_connection",
-        "_paused",
-        "chunks",
-        "complete",
-        "failure",
-        "headers",
-        "held",
-        "last",
-        "notify",
-        "received",
-        "request",
-        "status",
-    )
-
-    def __init__(self, request: bytes, notify: Callable[[Call], None]) -> None:
-        self.request = request
-        self.notify = notify
-        self.status = 0
-        self.headers: list[Header] = []
-        self.chunks: list[bytes] = []
-        self.held = 0
-        """Bytes in `chunks`."""
-        self.received = 0
-        """Body bytes so far, taken or not."""
-        self.last = 0.0
-        """Loop time of the last byte that came."""
-        self.complete = False
-        self.failure: Failure | None = None
-        self._paused = False
-        self._connection: Connection | None = None
-
-    def __repr__(self) -> str:
-        state = "complete" if self.complete else self.failure.fault.value if self.failure else "open"
-        return f"<Call {self.status} {state}, {self.received} bytes>"
-
-    @property
-    def done(self) -> bool:
-        return self.complete or self.failure is not None
-
-    @property
-    def paused(self) -> bool:
-        """`HIGH_WATER` bytes are held; nothing more comes until somebody takes them."""
-        return self._paused
-
-    def take(self) -> bytes:
-        """The body bytes that came since the last time, b"" if none."""
-        chunks = self.chunks
-        if not chunks:
-            return b""
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        chunks.clear()
-        self.held = 0
-        if self._paused:
-            self._paused = False
-            if self._connection is not None:
-                self._connection.resume()
-        return data
-
-    def header(self, name: bytes) -> bytes | None:
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
-
-    def cancel(self) -> None:
-        """Close the connection if the reply is not complete. Idempotent."""
-        if self.done:
-            return
-        self.failure = Failure(Fault.CANCELLED, "cancelled")
-        if self._connection is not None:
-            self._connection.drop()
-
-    # --- for Connection and Pool
-
-    def _bind(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def _add(self, data: bytes) -> None:
-        self.chunks.append(data)
-        self.held += len(data)
-        self.received += len(data)
-
-    def _end(self, failure: Failure | None) -> None:
-        self._connection = None
-        if self.done:
-            return
-        if failure is None:
-            self.complete = True
-        else:
-            self.failure = failure
 
 
 class Connection(asyncio.Protocol):
@@ -187,7 +57,7 @@ class Connection(asyncio.Protocol):
         self._call = call
         self._delimited = False
         self._head = 0
-        call._bind(self)
+        call.bind(self)
         self._transport.write(call.request)
         call.request = b""
 
@@ -204,8 +74,11 @@ class Connection(asyncio.Protocol):
         call = self._call
         self.drop()
         if call is not None:
-            call._end(failure)
+            call.end(failure)
             call.notify(call)
+
+    def pause(self) -> None:
+        self._transport.pause_reading()
 
     def resume(self) -> None:
         self._transport.resume_reading()
@@ -239,8 +112,7 @@ class Connection(asyncio.Protocol):
         call.last = self._pool.heard = self._pool.now()
         if self._call is None:
             self._finished(call)
-        elif call.held >= HIGH_WATER and not call._paused:
-            call._paused = True
+        elif call.fill():
             self._transport.pause_reading()
         call.notify(call)
 
@@ -250,21 +122,21 @@ class Connection(asyncio.Protocol):
         if call is None:
             return
         if exc is None and call.status and not self._delimited:
-            call._end(None)  # HTTP/1.0 style: the close is the end
+            call.end(None)  # HTTP/1.0 style: the close is the end
         elif self.reused and not self._head:
-            call._end(Failure(Fault.STALE, "the kept-alive connection was closed before a reply"))
+            call.end(Failure(Fault.STALE, "the kept-alive connection was closed before a reply"))
         else:
             where = "in the middle of its reply" if call.status else "before its reply"
-            call._end(Failure(Fault.RESET, f"the connection was lost {where}"))
+            call.end(Failure(Fault.RESET, f"the connection was lost {where}"))
         call.notify(call)
 
     def _garbage(self, call: Call, message: str) -> None:
         self.drop()
-        call._end(Failure(Fault.GARBAGE, message))
+        call.end(Failure(Fault.GARBAGE, message))
         call.notify(call)
 
     def _finished(self, call: Call) -> None:
-        call._end(None)
+        call.end(None)
         if self._spent:
             self._transport.close()
         else:
@@ -301,7 +173,7 @@ class Connection(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         call = self._call
         if call is not None:
-            call._add(data)
+            call.add(data)
 
     def on_message_complete(self) -> None:
         call = self._call
@@ -345,8 +217,17 @@ class Pool:
         return self._loop.time()
 
     def call(self, request: bytes, notify: Callable[[Call], None], *, fresh: bool = False) -> Call:
-        """Send `request` (head and body) on an idle connection, or on a new one (always, if `fresh`)."""
-        call = Call(request, notify)
+        """A new call, sent."""
+        call = Call(notify)
+        self.send(call, request, fresh=fresh)
+        return call
+
+    def send(self, call: Call, request: bytes, *, fresh: bool = False) -> None:
+        """Send `request` (head and body) on an idle connection, or on a new one (always, if `fresh`). Nothing, if the
+        call is over already."""
+        if call.done:
+            return
+        call.request = request
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         idle = self._idle
@@ -355,11 +236,10 @@ class Pool:
             if connection.alive():
                 connection.reused = True
                 connection.start(call)
-                return call
+                return
         task = self._loop.create_task(self._connect(call))
         self._connecting[task] = call
         task.add_done_callback(self._connecting.pop)
-        return call
 
     def discard_idle(self) -> None:
         """Close all idle connections: one of them turned out to be stale."""
@@ -426,7 +306,7 @@ class Pool:
 
     def _refused(self, call: Call, failure: Failure) -> None:
         if not call.done:
-            call._end(failure)
+            call.end(failure)
             call.notify(call)
 
     def _opened(self, connection: Connection) -> None:

@@ -1,57 +1,29 @@
-"""How a request is sent: one attempt is one or two calls with one joint life.
+"""The calls of one attempt, with one joint life: the client reads `answer`; the prefill's, in a pair, is the `receipt`.
 
-    Dialect.send(target, parcel, ...) ──▶ Legs: `answer` (the client reads it) and, in a pair, `receipt` (the prefill's)
+* The first failure is the attempt's failure (`Legs.lost`) and closes the other leg at once, unless the answer has
+  begun: then the prefill has done its work, and the decode worker speaks for itself.
+* Once an answer streams, the prefill worker's work is done (its load is given back), and its receipt stays unread in
+  its socket for `HOLD_SECONDS`, or until the answer is over: nobody waits for it, and it may come in many pieces.
+* When the answer is complete, the receipt drains in the background, for `DRAIN_SECONDS` at most.
 
-* both legs of a pair leave at the same moment, with the same fresh room;
-* the first failure is the attempt's failure (`Legs.lost`) and closes the other leg at once, unless the answer has
-  begun: then the prefill has done its work, and the decode worker speaks for itself;
-* when the answer is complete, the receipt drains in the background, for `DRAIN_SECONDS` at most.
+How a request is sent, and to whom first, is a dialect's business (`baton.router.dialects`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass
-from random import Random
-from typing import Protocol
 
 from baton.base.errors import BatonError, TimedOut
-from baton.router import splice
+from baton.router.call import Call, Failure, Fault
 from baton.router.registry import Registry, Role, Worker
-from baton.router.splice import Body
-from baton.router.upstream import Call, Failure, Fault
 
 DRAIN_SECONDS = 10.0
-MAX_ROOM = 2**63
+HOLD_SECONDS = 1.0
 RECEIPT_ERRORS = (b'data: {"error"', b'{"error"')
 ABORTED = (b'"finish_reason":{"type":"abort"', b'"finish_reason": {"type": "abort"')
 
 SICK = frozenset({500, 501, 504, 505})
 """Statuses that count against a worker. 502 and 503 do not: they speak of its peers and of its load."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Who serves an attempt: a pair, or one worker that does everything (`prefill` None)."""
-
-    answering: Worker
-    prefill: Worker | None = None
-
-    @property
-    def dialect(self) -> str:
-        return "regular" if self.prefill is None else "native"
-
-
-@dataclass(frozen=True, slots=True)
-class Parcel:
-    """What is sent, whoever gets it."""
-
-    path: str
-    """With the query."""
-    headers: bytes
-    """Header lines to pass on, each with its CR LF."""
-    body: Body
 
 
 class Pulse:
@@ -91,6 +63,10 @@ class Pulse:
             finally:
                 self._waiter = None
         self._rung = False
+        self.check()
+
+    def check(self) -> None:
+        """Raises `ClientGone` or `TimedOut`."""
         if self.gone:
             raise ClientGone
         if self.expired:
@@ -104,30 +80,39 @@ class ClientGone(Exception):
 class Leg:
     """One call, and what must be given back when it ends."""
 
-    __slots__ = ("_registry", "_settled", "_tokens", "call", "role", "worker")
+    __slots__ = ("_charged", "_registry", "_settled", "_tokens", "call", "role", "worker")
 
     def __init__(self, role: Role, worker: Worker, tokens: int, registry: Registry, now: float) -> None:
         self.role: Role = role
         self.worker = worker
-        self.call: Call
+        self.call = Call()
         self._registry = registry
         self._tokens = tokens
         self._settled = False
+        self._charged = True
         registry.charge(worker, tokens, now)
 
     def __repr__(self) -> str:
         return f"<Leg {self.role} {self.worker.url} {self.call!r}>"
+
+    def discharge(self) -> None:
+        """Give the load back: the worker's work is done. Idempotent."""
+        if self._charged:
+            self._charged = False
+            self._registry.discharge(self.worker, self._tokens)
 
     def settle(self, now: float) -> None:
         """Give the load back and tell the registry how it went. Once, when the call is done."""
         if self._settled:
             return
         self._settled = True
-        self._registry.discharge(self.worker, self._tokens)
+        self.discharge()
         fault, status = self.fault, self.call.status
         if fault is Fault.STALE:
             self.worker.pool.discard_idle()
             self._registry.doubted(self.worker)
+        elif fault is Fault.LATE:
+            self._registry.doubted(self.worker)  # slow, or waiting for its peer: the monitor finds out
         elif fault is not None and fault is not Fault.CANCELLED:
             self._registry.failed(self.worker, fault.value, now)
         elif fault is None and status in SICK:
@@ -143,6 +128,8 @@ class Leg:
 class Legs:
     """The calls of one attempt. Whoever made it reads `answer`, and at the end calls `cancel` in any case."""
 
+    __slots__ = ("_loop", "_pulse", "_timer", "answer", "eager", "lost", "receipt", "relaying")
+
     def __init__(self, pulse: Pulse, loop: asyncio.AbstractEventLoop, answer: Leg, receipt: Leg | None) -> None:
         self.answer = answer
         self.receipt = receipt
@@ -154,7 +141,8 @@ class Legs:
         """The client has seen a part of the answer: too late to lose the attempt."""
         self._pulse = pulse
         self._loop = loop
-        self._drain: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        """What becomes of the receipt next."""
 
     def __repr__(self) -> str:
         return f"<Legs {self.answer!r} {self.receipt!r} lost={self.lost!r}>"
@@ -171,9 +159,8 @@ class Legs:
             self._lose(self.answer)
         if done:
             self.answer.settle(self._loop.time())
-            if call.complete and self.receipt is not None and not self.receipt.call.done and self._drain is None:
-                self._drain = self._loop.call_later(DRAIN_SECONDS, self._stop_receipt)
-        if done or self.eager or call.paused or call.status >= 400 or self._streams(call):
+            self._answered(call)
+        if done or self.relaying or self.eager or call.paused or call.status >= 400 or self._streams(call):
             self._pulse.ring()
 
     def on_receipt(self, call: Call) -> None:
@@ -185,26 +172,56 @@ class Legs:
             call.take()  # nobody reads it
         if call.done:
             receipt.settle(self._loop.time())
-            if self._drain is not None:
-                self._drain.cancel()
-                self._drain = None
+            self._stop_timer()
         if (self.eager or self.lost is receipt) and (call.done or call.paused):
             self._pulse.ring()
+
+    async def ready(self) -> None:
+        """Until there is something to relay, or the attempt is lost. A plain answer is held until it is whole: it can
+        be tried again so long."""
+        call = self.answer.call
+        while self.lost is None and not (call.done or call.paused or (self.begun and self._streams(call))):
+            await self._pulse.wait()
+
+    def relay(self) -> None:
+        """The answer goes out to the client from now on."""
+        self.relaying = True
+        receipt = self.receipt
+        if receipt is None or receipt.call.done:
+            return
+        receipt.discharge()
+        if not self.eager and receipt.call.hold():
+            self._timer = self._loop.call_later(HOLD_SECONDS, self._release)
+
+    def give_up(self, failure: Failure) -> None:
+        """It takes too long: both legs fail."""
+        for leg in (self.answer, self.receipt):
+            if leg is not None and not leg.call.done:
+                leg.call.fail(failure)
+                self._lose(leg)
+                leg.settle(self._loop.time())
+        self._pulse.ring()
 
     def cancel(self) -> None:
         """Close what is not over, except a receipt that drains behind a complete answer. Idempotent."""
         answer = self.answer
-        if not answer.call.done:
-            answer.call.cancel()
-            answer.settle(self._loop.time())
+        answer.call.cancel()
+        answer.settle(self._loop.time())
         if not answer.call.complete or self.lost is not None:
             self._stop_receipt()
 
-    async def ready(self) -> None:
-        """Until the answer has begun, or the attempt is lost."""
-        call = self.answer.call
-        while self.lost is None and not (call.done or call.paused or (self.begun and self._streams(call))):
-            await self._pulse.wait()
+    def _answered(self, call: Call) -> None:
+        receipt = self.receipt
+        if receipt is None or receipt.call.done:
+            return
+        self._release()
+        if call.complete:
+            self._timer = self._loop.call_later(DRAIN_SECONDS, self._stop_receipt)
+
+    def _release(self) -> None:
+        self._stop_timer()
+        if self.receipt is not None:
+            self.receipt.call.release()
 
     def _lose(self, leg: Leg) -> None:
         if self.lost is not None:
@@ -217,13 +234,16 @@ class Legs:
         self._pulse.ring()
 
     def _stop_receipt(self) -> None:
-        if self._drain is not None:
-            self._drain.cancel()
-            self._drain = None
+        self._stop_timer()
         receipt = self.receipt
         if receipt is not None and not receipt.call.done:
             receipt.call.cancel()
             receipt.settle(self._loop.time())
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     @staticmethod
     def _streams(call: Call) -> bool:
@@ -241,55 +261,6 @@ def _refused(receipt: Call) -> bool:
         return False
     body = receipt.chunks[0] if len(receipt.chunks) == 1 else b"".join(receipt.chunks)
     return body.startswith(RECEIPT_ERRORS) or any(mark in body for mark in ABORTED)
-
-
-class Dialect(Protocol):
-    """How a request is sent to a target. Returns at once; everything else happens in callbacks."""
-
-    def send(self, target: Target, parcel: Parcel, pulse: Pulse) -> Legs: ...
-
-
-class Regular:
-    """One worker does everything."""
-
-    def __init__(self, registry: Registry, loop: asyncio.AbstractEventLoop) -> None:
-        self._registry, self._loop = registry, loop
-
-    def send(self, target: Target, parcel: Parcel, pulse: Pulse) -> Legs:
-        body, worker = parcel.body, target.answering
-        answer = Leg(worker.role, worker, body.prompt_tokens + body.max_tokens, self._registry, self._loop.time())
-        legs = Legs(pulse, self._loop, answer, None)
-        answer.call = _call(worker, parcel, splice.single(body), legs.on_answer)
-        return legs
-
-
-class Native:
-    """Prefill and decode get the request at the same time and meet in a room of their own (as SGLang's workers do)."""
-
-    def __init__(self, registry: Registry, loop: asyncio.AbstractEventLoop, random: Random) -> None:
-        self._registry, self._loop, self._random = registry, loop, random
-
-    def send(self, target: Target, parcel: Parcel, pulse: Pulse) -> Legs:
-        body, prefill, decode = parcel.body, target.prefill, target.answering
-        assert prefill is not None
-        to_prefill, to_decode = splice.pair(body, prefill.origin.host, prefill.bootstrap_port, self._rooms(body))
-        now = self._loop.time()
-        answer = Leg("decode", decode, body.prompt_tokens + body.max_tokens, self._registry, now)
-        receipt = Leg("prefill", prefill, body.prompt_tokens, self._registry, now)
-        legs = Legs(pulse, self._loop, answer, receipt)
-        answer.call = _call(decode, parcel, to_decode, legs.on_answer)
-        receipt.call = _call(prefill, parcel, to_prefill, legs.on_receipt)
-        return legs
-
-    def _rooms(self, body: Body) -> list[int]:
-        """Fresh for every attempt; never 0, which SGLang's workers take for "no room"."""
-        return [self._random.randrange(1, MAX_ROOM) for _ in range(body.samples or 1)]
-
-
-def _call(worker: Worker, parcel: Parcel, body: bytes, notify: Callable[[Call], None]) -> Call:
-    head = f"POST {parcel.path} HTTP/1.1\r\nhost: {worker.origin.authority}\r\n".encode("ascii")
-    request = b"%b%bcontent-length: %d\r\n\r\n%b" % (head, parcel.headers, len(body), body)
-    return worker.pool.call(request, notify)
 
 
 class LegFailed(BatonError):

@@ -1,0 +1,250 @@
+"""One request's way through the workers: attempts, until one of them has answered to the end.
+
+    plan ──▶ send ──▶ ready? ── yes ──▶ relay ── complete ──▶ done
+      ▲                  │ no             │ the worker fails
+      │                  ▼                ▼
+      └── again? ◀── what was lost    resume: the same request, and the tokens that the client has already
+                │ no
+                ▼
+           pass the error on
+
+Before the client has seen anything an attempt is simply repeated, elsewhere if it can be: with another prefill worker,
+and where there is none left, the decode worker prefills itself. A stream that has begun is continued on another worker,
+from the tokens that were passed on (`baton.gateway.journal`). Only if neither is possible does the client hear of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, replace
+
+from baton.base.errors import Unavailable
+from baton.gateway.deadlines import Deadline, Stage
+from baton.gateway.merge import Merger
+from baton.gateway.metrics import Metrics
+from baton.gateway.relay import Relay, Stall
+from baton.router.ask import Ask
+from baton.router.call import Fault
+from baton.router.legs import Leg, LegFailed, Legs, Pulse, is_event_stream
+from baton.router.registry import Runtime, Worker
+from baton.router.router import NOBODY, Router
+from baton.router.target import Parcel, Target
+
+log = logging.getLogger("baton.gateway")
+
+RETRYABLE_STATUSES = frozenset({500, 502, 503, 504})
+ERROR_BODY_SECONDS = 2.0
+"""How long a failed leg may take to say what is wrong."""
+STALE_RETRIES = 2
+"""Connections that were closed while idle are nobody's fault, and counted apart."""
+RESUMES = 8
+"""How often one stream may be continued."""
+BACKOFF = 0.05
+"""Seconds before the first attempt with workers that have failed this request already; doubles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long and how often."""
+
+    stall: float
+    """Seconds without a byte in the middle of an answer."""
+    stage: float
+    """Seconds until a prefill worker must have done its part, at least; more for long prompts and queues."""
+    workers: float
+    """Seconds to wait for a usable worker, if there was one lately."""
+    retries: int
+
+
+class Journey:
+    def __init__(
+        self,
+        router: Router,
+        metrics: Metrics,
+        patience: Patience,
+        parcel: Parcel,
+        ask: Ask,
+        relay: Relay,
+        pulse: Pulse,
+        deadline: Deadline,
+        *,
+        paired: bool,
+    ) -> None:
+        self._router = router
+        self._metrics = metrics
+        self._patience = patience
+        self._asked = self._parcel = parcel
+        self._ask = ask
+        self._relay = relay
+        self._pulse = pulse
+        self._deadline = deadline
+        self._paired = paired
+        self._loop = asyncio.get_running_loop()
+        self._avoid: frozenset[Worker] = NOBODY
+        self._retries = patience.retries
+        self._stale = STALE_RETRIES
+        self._resumes = RESUMES
+        self._failures = 0
+
+    async def run(self) -> None:
+        """Raises `ClientGone`, and the errors that the client must be told: `Unavailable`, `LegFailed`, `TimedOut`."""
+        lost: Leg | None = None
+        while True:
+            target = await self._target(lost)
+            if target is None:
+                assert lost is not None
+                await self._pass_on(lost)
+                return
+            legs = self._router.send(target, self._deadline.sent_with(self._parcel), self._pulse)
+            legs.eager = bool(self._parcel.body.merge)
+            try:
+                lost = await self._attempt(legs)
+                if lost is None:
+                    return
+                if not self._again(lost):
+                    await self._pass_on(lost)
+                    return
+            finally:
+                legs.cancel()
+            self._metrics.retries += 1
+
+    async def _attempt(self, legs: Legs) -> Leg | None:
+        """None: answered. Else what was lost."""
+        stage = Stage(legs, self._loop, self._patience.stage) if legs.receipt is not None else None
+        try:
+            await legs.ready()
+        finally:
+            if stage is not None:
+                stage.cancel()
+        lost = legs.lost
+        if lost is None:
+            lost = await self._deliver(legs)
+        if lost is not None:
+            self._metrics.leg_error(lost.role, _kind(lost))
+            log.info("%s: attempt lost at %r", self._parcel.path, lost)
+            self._shun(legs, lost)
+        return lost
+
+    async def _deliver(self, legs: Legs) -> Leg | None:
+        """The answer has begun: pass it on. None: to its end. Else what was lost."""
+        answer = legs.answer.call
+        events = is_event_stream(answer)
+        edit = None
+        if self._parcel.body.merge and legs.receipt is not None:
+            receipt = legs.receipt.call
+            if not await self._collect(legs.receipt) or receipt.status >= 400:
+                return legs.receipt
+            merger = Merger(self._parcel.body.merge, receipt.take(), stream=is_event_stream(receipt))
+            if not events:
+                if not await self._collect(legs.answer):
+                    return legs.answer
+                self._relay.whole(answer, merger.whole(answer.take()))
+                return None
+            edit = merger.events
+        if answer.complete and not events:
+            self._relay.whole(answer, answer.take())
+            return None
+        stall = Stall(legs, self._pulse, self._loop, self._patience.stall)
+        try:
+            return None if await self._relay.stream(legs, self._pulse, edit) else legs.answer
+        finally:
+            stall.cancel()
+
+    async def _collect(self, leg: Leg) -> bool:
+        """Wait for the whole body of a leg, however large. False: it failed."""
+        while not leg.call.done:
+            leg.call.unbound()
+            await self._pulse.wait()
+        return leg.call.complete
+
+    # --- the next attempt
+
+    async def _target(self, lost: Leg | None) -> Target | None:
+        """Where to send it; None if there is nowhere, and something was lost that the client can be told of."""
+        until = self._loop.time() + self._patience.workers
+        while True:
+            try:
+                return self._plan(self._avoid)
+            except Unavailable as error:
+                if self._avoid and lost is not None and _may_pass(lost):
+                    self._avoid = NOBODY  # better the same ones again than nobody
+                    await self._pause()
+                    continue
+                left = until - self._loop.time()
+                spoken = lost is not None and lost.fault is None
+                if left > 0 and not spoken and self._router.hopeful():
+                    await self._router.change(self._pulse, left)
+                elif lost is None:
+                    raise error
+                else:
+                    return None
+
+    def _plan(self, avoid: frozenset[Worker]) -> Target:
+        if not self._paired:
+            return self._router.plan_one(avoid)
+        runtime: Runtime = "baton" if self._relay.started else "auto"  # only our own workers can continue a stream
+        return self._router.plan(self._ask, self._parcel.body.model, avoid, runtime)
+
+    async def _pause(self) -> None:
+        seconds = BACKOFF * 2 ** min(self._failures, 6)
+        until = self._loop.time() + seconds
+        while (left := until - self._loop.time()) > 0:
+            await self._router.change(self._pulse, left)
+
+    def _again(self, lost: Leg) -> bool:
+        """Is another attempt allowed? Prepares it."""
+        if self._relay.started:
+            return self._resume()
+        if lost.fault is Fault.STALE:
+            self._stale -= 1
+            return self._stale >= 0
+        if lost.fault is None and lost.call.status not in RETRYABLE_STATUSES:
+            return False
+        self._retries -= 1
+        return self._retries >= 0
+
+    def _resume(self) -> bool:
+        """Go on with the stream elsewhere."""
+        notes, asked = self._relay.journal, self._asked
+        self._resumes -= 1
+        if notes is None or not notes.kept or self._resumes < 0:
+            return False
+        self._parcel = replace(asked, body=replace(asked.body, raw=notes.resume(asked.body)))
+        self._metrics.resumes += 1
+        return True
+
+    def _shun(self, legs: Legs, lost: Leg) -> None:
+        """Prefer others for the next attempt. Who was late, and who only waited for it, cannot be told apart."""
+        if lost.fault is Fault.STALE:
+            return
+        self._failures += 1
+        self._avoid |= {lost.worker}
+        if lost.fault is Fault.LATE and legs.receipt is not None:
+            self._avoid |= {legs.answer.worker, legs.receipt.worker}
+
+    # --- the end
+
+    async def _pass_on(self, lost: Leg) -> None:
+        """Tell the client what a worker said; raises `LegFailed` if it said nothing."""
+        call = lost.call
+        if lost.fault is not None or self._relay.started:
+            raise LegFailed.of(lost)
+        patience = self._loop.call_later(ERROR_BODY_SECONDS, self._pulse.expire, "a worker's error message did not end")
+        try:
+            while not call.done and not call.paused:
+                await self._pulse.wait()
+        finally:
+            patience.cancel()
+        if call.failure is not None:
+            raise LegFailed.of(lost)
+        self._relay.whole(call, call.take())
+
+
+def _may_pass(lost: Leg) -> bool:
+    """Its worker lives, and may do better the next time."""
+    return lost.fault in (Fault.LATE, Fault.STALE) or (lost.fault is None and lost.call.status in (502, 503))
+
+
+def _kind(lost: Leg) -> str:
+    return lost.fault.value if lost.fault is not None else f"status_{lost.call.status // 100}xx"
