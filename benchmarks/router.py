@@ -232,7 +232,7 @@ def free_port() -> int:
 def commands(peers: Path | None, port: int, prefill: int, decode: int) -> dict[str, list[str]]:
     """Command line per router; only those that are installed."""
     ours = (
-        "from baton.base.config import GatewayConfig; from baton.gateway.app import run; "
+        "from baton.base.config import GatewayConfig; from baton.gateway.process import run; "
         f"run(GatewayConfig(port={port}, log_level='warning'), [('http://127.0.0.1:{prefill}', 8998)], "
         f"['http://127.0.0.1:{decode}'], [])"
     )

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from baton.base.config import GatewayConfig
-from baton.gateway.app import serving
+from baton.gateway.process import serving
 from tests.e2e.asking import ENDPOINTS, Answer, Ask, ask_all, unlike
 from tests.e2e.asking import client as asking
 from tests.e2e.stacks import Stack, client

@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 
 from baton.base.config import GatewayConfig
-from baton.gateway.app import Gateway, serving
+from baton.gateway.app import Gateway
+from baton.gateway.process import serving
 from tests.router.mocks import Behaviour, Exchange, Mock, run, until, whole
 
 CHAT = "/v1/chat/completions"

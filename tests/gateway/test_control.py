@@ -15,7 +15,7 @@ import pytest
 
 from baton.base.config import GatewayConfig
 from baton.base.errors import ConfigError
-from baton.gateway.app import run as run_gateway
+from baton.gateway.process import run as run_gateway
 from baton.router.registry import Description
 from tests.gateway.stack import CHAT, RECEIPT, Stack, stack, with_stack
 from tests.router.mocks import Exchange, Mock, events, hang, reset, run, until, whole
@@ -242,7 +242,7 @@ def test_as_a_process_until_sigterm() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = (
-        "from baton.base.config import GatewayConfig; from baton.gateway.app import run; "
+        "from baton.base.config import GatewayConfig; from baton.gateway.process import run; "
         f"run(GatewayConfig(port={port}), [('http://127.0.0.1:9', None)], ['http://127.0.0.1:9'], [])"
     ).replace("['http://127.0.0.1:9']", "['http://127.0.0.1:10']")
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)

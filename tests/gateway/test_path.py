@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from baton.base.config import GatewayConfig
-from baton.gateway.app import serving
+from baton.gateway.process import serving
 from tests.gateway.stack import CHAT, RECEIPT, Stack, meeting, stack, with_stack
 from tests.router.mocks import Exchange, Mock, events, hang, run, until, whole
 

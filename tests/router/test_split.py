@@ -74,7 +74,7 @@ def test_the_cheaper_way_is_taken(uncached_p: int, uncached_d: int, p: Side, d: 
     decision = decided(uncached_p, uncached_d, p, d)
     assert decision.split_seconds is not None
     if not decision.threshold:
-        assert decision.split == (decision.split_seconds <= decision.whole_seconds + decision.harm_seconds)
+        assert decision.split == (decision.split_seconds <= 1.25 * (decision.whole_seconds + decision.harm_seconds))
     assert decision.seconds == (decision.split_seconds if decision.split else decision.whole_seconds)
 
 

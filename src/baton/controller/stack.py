@@ -16,7 +16,7 @@ from baton.controller.spec import HttpCheck, PathCheck, ProcessSpec
 
 FRONT = "baton.worker.front:run"
 ENGINE = "baton.worker.engine_process:run"
-GATEWAY = "baton.gateway.app:run"
+GATEWAY = "baton.gateway.process:run"
 PRELOAD = ("baton.worker.engine_process",)
 """What engines are forked from."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from baton.gateway.journey import Journey, Patience
 from baton.gateway.metrics import Metrics
 from baton.gateway.relay import Relay
 from baton.gateway.replies import refuse
+from baton.gateway.timeline import Timeline
 from baton.router import splice
 from baton.router.ask import Ask
 from baton.router.call import Header
@@ -78,26 +78,34 @@ class Inference:
             b"authorization: Bearer " + options.worker_api_key.encode() + b"\r\n" if options.worker_api_key else b""
         )
 
-    async def serve(self, inbound: Inbound, answer: Answer, pulse: Pulse, request_id: bytes) -> None:
+    async def serve(self, inbound: Inbound, answer: Answer, pulse: Pulse, timeline: Timeline) -> None:
         """Answer it, whatever happens. Raises `ClientGone` if there is nobody to answer."""
-        started = time.perf_counter()
         kind = PAIRED.get(inbound.path)
-        relay = Relay(answer, inbound.path, [(b"x-request-id", request_id)])
+        request_id = timeline.id.encode("ascii")
         own: list[Header] = [(b"x-request-id", request_id)]
+        relay = Relay(answer, inbound.path, own, timeline)
         try:
             seconds = allowance(inbound.header(REQUEST_TIMEOUT), self._options.request_timeout)
             body = splice.read(inbound.body, kind) if kind else splice.opaque(inbound.body)
         except BadRequest as error:
             refuse(answer, inbound.path, error, own)
             return
+        timeline.stream, timeline.model, timeline.prompt_tokens = body.stream, body.model, body.prompt_tokens
         deadline = Deadline(pulse, self._loop, seconds)
         try:
             parcel = Parcel(inbound.target, self._forwarded(inbound.headers, request_id, journaled=body.stream), body)
-            patience = self._options.patience
             journey = Journey(
-                self._router, self._metrics, patience, parcel, _ask(inbound, body), relay, pulse, deadline,
+                self._router,
+                self._metrics,
+                self._options.patience,
+                parcel,
+                _ask(inbound, body),
+                relay,
+                pulse,
+                deadline,
+                timeline,
                 paired=kind is not None,
-            )  # fmt: skip
+            )
             await journey.run()
         except BatonError as error:
             if relay.started:
@@ -110,8 +118,6 @@ class Inference:
             answer.abort()
         finally:
             deadline.cancel()
-        if relay.first:
-            self._metrics.first_byte(inbound.path if kind else "other", relay.first - started)
 
     def _forwarded(self, headers: Sequence[Header], request_id: bytes, *, journaled: bool) -> bytes:
         """The client's header lines that concern the worker, and ours."""

@@ -24,6 +24,7 @@ from baton.gateway.deadlines import Deadline, Stage
 from baton.gateway.merge import Merger
 from baton.gateway.metrics import Metrics
 from baton.gateway.relay import Relay, Stall
+from baton.gateway.timeline import Attempt, Timeline
 from baton.router.ask import Ask
 from baton.router.call import Fault
 from baton.router.legs import Leg, LegFailed, Legs, Pulse, is_event_stream
@@ -40,6 +41,7 @@ STALE_RETRIES = 2
 """Connections that were closed while idle are nobody's fault, and counted apart."""
 RESUMES = 8
 """How often one stream may be continued."""
+SERVER_TIMING = b"server-timing"
 BACKOFF = 0.05
 """Seconds before the first attempt with workers that have failed this request already; doubles."""
 
@@ -68,6 +70,7 @@ class Journey:
         relay: Relay,
         pulse: Pulse,
         deadline: Deadline,
+        timeline: Timeline,
         *,
         paired: bool,
     ) -> None:
@@ -79,6 +82,7 @@ class Journey:
         self._relay = relay
         self._pulse = pulse
         self._deadline = deadline
+        self._timeline = timeline
         self._paired = paired
         self._loop = asyncio.get_running_loop()
         self._avoid: frozenset[Worker] = NOBODY
@@ -96,10 +100,12 @@ class Journey:
                 assert lost is not None
                 await self._pass_on(lost)
                 return
+            attempt = Attempt(target, self._loop.time(), resumed=self._relay.started)
+            self._timeline.attempts.append(attempt)
             legs = self._router.send(target, self._deadline.sent_with(self._parcel), self._pulse)
             legs.eager = bool(self._parcel.body.merge)
             try:
-                lost = await self._attempt(legs)
+                lost = await self._attempt(legs, attempt)
                 if lost is None:
                     return
                 if not self._again(lost):
@@ -107,9 +113,12 @@ class Journey:
                     return
             finally:
                 legs.cancel()
+                attempt.answer_timing = legs.answer.call.header(SERVER_TIMING) or b""
+                if legs.receipt is not None:
+                    attempt.receipt_timing = legs.receipt.call.header(SERVER_TIMING) or b""
             self._metrics.retries += 1
 
-    async def _attempt(self, legs: Legs) -> Leg | None:
+    async def _attempt(self, legs: Legs, attempt: Attempt) -> Leg | None:
         """None: answered. Else what was lost."""
         stage = Stage(legs, self._loop, self._patience.stage) if legs.receipt is not None else None
         try:
@@ -119,8 +128,10 @@ class Journey:
                 stage.cancel()
         lost = legs.lost
         if lost is None:
+            attempt.begun = self._loop.time()
             lost = await self._deliver(legs)
         if lost is not None:
+            attempt.lost = f"{lost.role} {_kind(lost)}"
             self._metrics.leg_error(lost.role, _kind(lost))
             log.info("%s: attempt lost at %r", self._parcel.path, lost)
             self._shun(legs, lost)

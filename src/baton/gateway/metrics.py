@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from baton.gateway.timeline import Timeline
 from baton.router import health
 from baton.router.registry import ROLES, Registry
 
@@ -51,20 +52,14 @@ class Metrics(Collector):
         self._first_bytes: dict[str, Histogram] = {}
         self._registry = registry
 
-    def finished(self, route: str, status: int, seconds: float) -> None:
-        """`route` is one of a fixed set, never the client's own text."""
-        key = (route, status)
+    def finished(self, timeline: Timeline) -> None:
+        route = timeline.route
+        key = (route, timeline.status)
         self._requests[key] = self._requests.get(key, 0) + 1
-        histogram = self._durations.get(route)
-        if histogram is None:
-            histogram = self._durations[route] = Histogram()
-        histogram.observe(seconds)
-
-    def first_byte(self, route: str, seconds: float) -> None:
-        histogram = self._first_bytes.get(route)
-        if histogram is None:
-            histogram = self._first_bytes[route] = Histogram()
-        histogram.observe(seconds)
+        self.cancelled += timeline.status == 499
+        _of(self._durations, route).observe(timeline.finished - timeline.received)
+        if timeline.first:
+            _of(self._first_bytes, route).observe(timeline.first - timeline.received)
 
     def leg_error(self, role: str, kind: str) -> None:
         self.leg_errors[role, kind] = self.leg_errors.get((role, kind), 0) + 1
@@ -123,6 +118,13 @@ class _At(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._metrics.collect()
         yield from self._metrics.workers(self._now)
+
+
+def _of(histograms: dict[str, Histogram], route: str) -> Histogram:
+    histogram = histograms.get(route)
+    if histogram is None:
+        histogram = histograms[route] = Histogram()
+    return histogram
 
 
 def _histogram(name: str, help: str, histograms: dict[str, Histogram]) -> Metric:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -11,6 +10,7 @@ from baton.base.errors import BatonError
 from baton.gateway.door import Answer
 from baton.gateway.journal import SEED, Journal
 from baton.gateway.replies import error_event
+from baton.gateway.timeline import Timeline
 from baton.router.call import Call, Failure, Fault, Header
 from baton.router.legs import Legs, Pulse, is_event_stream
 
@@ -45,17 +45,16 @@ class Cutter(Protocol):
 class Relay:
     """One answer on its way to the client."""
 
-    __slots__ = ("_answer", "_headers", "_path", "_tail", "events", "first", "journal", "started")
+    __slots__ = ("_answer", "_headers", "_path", "_tail", "_timeline", "events", "journal", "started")
 
-    def __init__(self, answer: Answer, path: str, headers: list[Header]) -> None:
+    def __init__(self, answer: Answer, path: str, headers: list[Header], timeline: Timeline) -> None:
         self._answer = answer
         self._path = path
         self._headers = headers
         """The gateway's own."""
+        self._timeline = timeline
         self._tail = b""
         """The beginning of a piece whose end has not come."""
-        self.first = 0.0
-        """When a stream began (perf_counter)."""
         self.started = False
         self.events = False
         """It is an event stream."""
@@ -100,7 +99,7 @@ class Relay:
             self._answer.abort()
 
     def _begin(self, call: Call) -> Cutter | None:
-        self.started, self.first = True, time.perf_counter()
+        self.started, self._timeline.first = True, asyncio.get_running_loop().time()
         self.events = is_event_stream(call)
         self._answer.start(call.status, self._reply_headers(call))
         seed = call.header(SEED)
