@@ -170,7 +170,9 @@ def test_keys_are_asked_for_everywhere_but_at_the_probes() -> None:
         assert (await s.post()).json()["error"]["type"] == "authentication_error"
         for wrong in ("Bearer secre", "Bearer secret2", "bearer", "secret"):
             assert (await s.post(headers={"authorization": wrong})).status_code == 401
-        assert (await s.post(headers=[("authorization", "Bearer secret")] * 2)).status_code == 401
+        assert (
+            await s.post(headers=[("authorization", "Bearer secret"), ("authorization", "Bearer other")])
+        ).status_code == 401
         assert s.decode.seen == []
         assert (await s.post(headers={"authorization": "Bearer secret"})).status_code == 200
 

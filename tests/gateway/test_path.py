@@ -168,7 +168,7 @@ def test_the_openai_client() -> None:
                 await client.chat.completions.create(**ask)
             assert error.value.param == "messages"
         async with openai.AsyncOpenAI(base_url=f"{s.url}/v1", api_key="other", max_retries=0) as client:
-            with pytest.raises(openai.AuthenticationError, match="api key"):
+            with pytest.raises(openai.AuthenticationError, match="API key"):
                 await client.models.list()
 
     with_stack(RECEIPT, decode, check, api_key="secret")

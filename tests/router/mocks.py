@@ -50,8 +50,9 @@ class Exchange:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.raw(f"HTTP/1.1 {status} X\r\n{headers}content-length: {len(data)}\r\n\r\n".encode() + data)
 
-    def begin_stream(self) -> None:
-        self.raw(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+    def begin_stream(self, headers: str = "") -> None:
+        head = f"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n{headers}transfer-encoding: chunked\r\n\r\n"
+        self.raw(head.encode())
 
     def piece(self, data: bytes) -> None:
         self.raw(b"%x\r\n%b\r\n" % (len(data), data))
@@ -184,12 +185,12 @@ def whole(body: Any, status: int = 200, delay: float = 0.0) -> Behaviour:
     return behave
 
 
-def events(*pieces: bytes, gap: float = 0.0, delay: float = 0.0, end: bool = True) -> Behaviour:
+def events(*pieces: bytes, gap: float = 0.0, delay: float = 0.0, end: bool = True, headers: str = "") -> Behaviour:
     """A stream of `pieces`, each in a chunk of its own."""
 
     async def behave(exchange: Exchange) -> None:
         await asyncio.sleep(delay)
-        exchange.begin_stream()
+        exchange.begin_stream(headers)
         for piece in pieces:
             exchange.piece(piece)
             if gap:

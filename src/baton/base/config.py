@@ -189,8 +189,10 @@ class GatewayConfig:
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on")
-    api_key: str = option("", "bearer token that requests must carry; empty: none")
-    worker_api_key: str = option("", "bearer token sent to workers; empty: the client's own header passes")
+    api_key: str = option("", "bearer token that requests must carry; also BATON_API_KEY, @FILE; empty: none")
+    admin_api_key: str = option("", "key for /workers, /flush_cache and the like; also BATON_ADMIN_API_KEY, @FILE")
+    api_keys: str = option("", "TOML file of keys with roles and limits (docs/overload.md)")
+    worker_api_key: str = option("", "bearer token sent to workers; empty: the client's own header passes; also @FILE")
     policy: str = option("round_robin", "how workers are chosen", choices=POLICIES)
     prefill_policy: str = option("", "policy for prefill workers; empty: as --policy")
     decode_policy: str = option("", "policy for decode workers; empty: as --policy")
@@ -215,7 +217,16 @@ class GatewayConfig:
     health_failures: int = option(2, "failed checks in a row that take a worker out")
     breaker_failures: int = option(3, "failed requests in a row that take a worker out for a while")
     drain_timeout: float = option(30.0, "seconds that requests in progress may take when the gateway is told to stop")
-    max_concurrent_requests: int = option(1024, "requests at once; one more gets 429")
+    max_concurrent_requests: int = option(4096, "requests at once, waiting ones included; one more gets 429")
+    max_prefill_tokens: int = option(
+        131_072, "prompt tokens in flight per usable prefill worker; 0: unbounded"
+    )
+    max_prefill_requests: int = option(256, "requests in flight per usable prefill worker; 0: unbounded")
+    max_decode_sequences: int = option(256, "sequences in flight per usable decode worker; 0: unbounded")
+    queue_size: int = option(1024, "requests that may wait; one more gets 429")
+    queue_timeout: float = option(30.0, "seconds a request may wait; who would wait longer gets 429 at once")
+    ttft_objective: float = option(0.0, "seconds; who would wait longer gets 429 at once; 0: none")
+    priority_ageing: float = option(5.0, "seconds without a turn after which a lower priority has one")
     max_body_mb: float = option(8.0, "larger request bodies get 413")
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
 

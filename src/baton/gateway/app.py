@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
+import math
+import os
 import re
 from collections.abc import Sequence
 from typing import cast
 
 from baton.base.config import GatewayConfig
-from baton.base.errors import BatonError, Unauthorized
-from baton.gateway import asgi
+from baton.base.errors import BatonError
+from baton.gateway import asgi, keys
+from baton.gateway.admission import AdmissionLimits
 from baton.gateway.control import OPEN_PATHS, Control, new_request_id
 from baton.gateway.door import Answer, Inbound
 from baton.gateway.inference import PAIRED, Inference, InferenceOptions
 from baton.gateway.journey import Patience
+from baton.gateway.keys import Identity
 from baton.gateway.metrics import Metrics
 from baton.gateway.replies import RateLimited, error_body, error_headers, refuse
 from baton.gateway.timeline import Timeline
+from baton.gateway.turnstile import Turnstile
 from baton.router.call import Header
 from baton.router.health import Limits
 from baton.router.legs import ClientGone, Pulse
@@ -32,6 +36,10 @@ REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 NATIVE = frozenset({"/generate", "/tokenize", "/detokenize"})
 """Routes for workers outside /v1/."""
 
+ADMIN_PATHS = ("/workers", "/flush_cache", "/explain", "/requests", "/stats", "/loads")
+"""What begins so needs an admin's key."""
+NOBODY = Identity("nobody")
+
 
 class Gateway:
     """The application. Made inside a running loop; `close` releases everything it owns."""
@@ -40,23 +48,28 @@ class Gateway:
         self.router = Router(_router_options(config))
         self.metrics = Metrics(self.router.registry)
         self._config = config
-        self._key = b"Bearer " + config.api_key.encode() if config.api_key else b""
+        self._keys = keys.load(config.api_key, config.admin_api_key, config.api_keys, os.environ)
         self._loop = asyncio.get_running_loop()
         self._control = Control(self.router, self.metrics).app()
         patience = Patience(config.stall_timeout, config.stage_timeout, config.worker_wait, config.retries)
-        options = InferenceOptions(config.request_timeout, patience, config.worker_api_key)
-        self._inference = Inference(self.router, self.metrics, options)
+        worker_key = keys.secret(config.worker_api_key, "worker_api_key", os.environ)
+        options = InferenceOptions(config.request_timeout, patience, worker_key)
+        self.turnstile = Turnstile(_admission_limits(config), self.router)
+        self._inference = Inference(self.router, self.turnstile, self.metrics, options)
 
     async def close(self) -> None:
+        self.turnstile.close()
         await self.router.close()
 
     async def __call__(self, inbound: Inbound, answer: Answer, pulse: Pulse) -> None:
         path = inbound.path
-        if not self._allowed(inbound.headers, path):
-            error = Unauthorized('this gateway wants "Authorization: Bearer <api key>", and the key must be right')
+        try:
+            identity = self._identify(inbound.headers, path)
+        except BatonError as error:
             refuse(answer, path, error, [])
-        elif inbound.method in ("POST", "PUT") and (path.startswith("/v1/") or path in NATIVE):
-            await self._infer(inbound, answer, pulse)
+            return
+        if inbound.method in ("POST", "PUT") and (path.startswith("/v1/") or path in NATIVE):
+            await self._infer(inbound, answer, pulse, identity)
         else:
             await asgi.serve(self._control, inbound, answer, pulse)
 
@@ -65,10 +78,12 @@ class Gateway:
         error.status, error.code = status, code
         return error_headers(error), error_body(path, error)
 
-    async def _infer(self, inbound: Inbound, answer: Answer, pulse: Pulse) -> None:
+    async def _infer(self, inbound: Inbound, answer: Answer, pulse: Pulse, identity: Identity) -> None:
         metrics, path = self.metrics, inbound.path
         request_id = _request_id(inbound.headers)
-        timeline = Timeline(request_id.decode("ascii"), path if path in PAIRED else "other", self._loop.time())
+        timeline = Timeline(
+            request_id.decode("ascii"), path if path in PAIRED else "other", self._loop.time(), user=identity.name
+        )
         if metrics.in_flight >= self._config.max_concurrent_requests:
             error = RateLimited(
                 f"{metrics.in_flight} requests are in progress, which is the limit here; try again soon"
@@ -78,7 +93,7 @@ class Gateway:
         else:
             metrics.in_flight += 1
             try:
-                await self._inference.serve(inbound, answer, pulse, timeline)
+                await self._inference.serve(inbound, answer, pulse, timeline, identity)
                 timeline.status = answer.status
             except ClientGone:
                 timeline.status = 499
@@ -87,11 +102,11 @@ class Gateway:
         timeline.finished = self._loop.time()
         metrics.finished(timeline)
 
-    def _allowed(self, headers: Sequence[Header], path: str) -> bool:
-        if not self._key or path in OPEN_PATHS:
-            return True
-        given = [value for name, value in headers if name == b"authorization"]
-        return len(given) == 1 and hmac.compare_digest(given[0], self._key)
+    def _identify(self, headers: Sequence[Header], path: str) -> Identity:
+        """Raises `Unauthorized` or `Forbidden`."""
+        if path in OPEN_PATHS:
+            return NOBODY
+        return keys.require(self._keys.identify(headers), "admin" if path.startswith(ADMIN_PATHS) else "user")
 
 
 def _request_id(headers: Sequence[Header]) -> bytes:
@@ -102,8 +117,21 @@ def _request_id(headers: Sequence[Header]) -> bytes:
     return new_request_id()
 
 
+def _admission_limits(config: GatewayConfig) -> AdmissionLimits:
+    return AdmissionLimits(
+        prefill_tokens=config.max_prefill_tokens,
+        prefill_requests=config.max_prefill_requests,
+        decode_sequences=config.max_decode_sequences,
+        queue_size=config.queue_size,
+        queue_timeout=config.queue_timeout,
+        ttft_objective=config.ttft_objective or math.inf,
+        ageing=config.priority_ageing,
+    )
+
+
 def _router_options(config: GatewayConfig) -> RouterOptions:
-    key = config.worker_api_key or config.api_key
+    key = keys.secret(config.worker_api_key, "worker_api_key", os.environ)
+    key = key or keys.secret(config.api_key, "api_key", os.environ)
     return RouterOptions(
         planner=PlannerOptions(
             prefill_policy=config.prefill_policy or config.policy,

@@ -17,19 +17,19 @@ GRACE_SECONDS = 5.0
 class Deadline:
     """The end of a request: first told to whoever waits for a worker; then, if the client does not read, by force."""
 
-    __slots__ = ("_loop", "_message", "_pulse", "_task", "_timer", "_until", "forced")
+    __slots__ = ("_loop", "_message", "_pulse", "_task", "_timer", "forced", "until")
 
     def __init__(self, pulse: Pulse, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         self._pulse, self._loop, self._task = pulse, loop, asyncio.current_task()
         self.forced = False
         """The task was cancelled by us."""
         self._message = f"the request was not finished within {seconds:g} s"
-        self._until = loop.time() + seconds
-        self._timer = loop.call_at(self._until, self._expire)
+        self.until = loop.time() + seconds
+        self._timer = loop.call_at(self.until, self._expire)
 
     @property
     def left(self) -> float:
-        return self._until - self._loop.time()
+        return self.until - self._loop.time()
 
     def sent_with(self, parcel: Parcel) -> Parcel:
         """The worker hears how long it has: a gateway that is lost cannot cancel."""

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from baton.base.errors import BadRequest, BatonError
 from baton.base.timeout import REQUEST_TIMEOUT, allowance
 from baton.gateway import journal
+from baton.gateway.admission import Claim
 from baton.gateway.deadlines import Deadline
 from baton.gateway.door import Answer, Inbound
 from baton.gateway.journey import Journey, Patience
+from baton.gateway.keys import Identity
 from baton.gateway.metrics import Metrics
 from baton.gateway.relay import Relay
 from baton.gateway.replies import refuse
 from baton.gateway.timeline import Timeline
+from baton.gateway.turnstile import Pass, Turnstile
 from baton.router import splice
 from baton.router.ask import Ask
 from baton.router.call import Header
@@ -69,8 +72,9 @@ class InferenceOptions:
 class Inference:
     """Answers inference requests; owns nothing but the request in hand."""
 
-    def __init__(self, router: Router, metrics: Metrics, options: InferenceOptions) -> None:
+    def __init__(self, router: Router, turnstile: Turnstile, metrics: Metrics, options: InferenceOptions) -> None:
         self._router = router
+        self._turnstile = turnstile
         self._metrics = metrics
         self._options = options
         self._loop = asyncio.get_running_loop()
@@ -78,7 +82,9 @@ class Inference:
             b"authorization: Bearer " + options.worker_api_key.encode() + b"\r\n" if options.worker_api_key else b""
         )
 
-    async def serve(self, inbound: Inbound, answer: Answer, pulse: Pulse, timeline: Timeline) -> None:
+    async def serve(
+        self, inbound: Inbound, answer: Answer, pulse: Pulse, timeline: Timeline, identity: Identity
+    ) -> None:
         """Answer it, whatever happens. Raises `ClientGone` if there is nobody to answer."""
         kind = PAIRED.get(inbound.path)
         request_id = timeline.id.encode("ascii")
@@ -92,7 +98,11 @@ class Inference:
             return
         timeline.stream, timeline.model, timeline.prompt_tokens = body.stream, body.model, body.prompt_tokens
         deadline = Deadline(pulse, self._loop, seconds)
+        passed: Pass | None = None
         try:
+            passed = await self._turnstile.enter(_claim(body, identity, deadline), identity, pulse)
+            timeline.admitted = self._loop.time()
+            own += passed.headers
             parcel = Parcel(inbound.target, self._forwarded(inbound.headers, request_id, journaled=body.stream), body)
             journey = Journey(
                 self._router,
@@ -104,6 +114,7 @@ class Inference:
                 pulse,
                 deadline,
                 timeline,
+                passed,
                 paired=kind is not None,
             )
             await journey.run()
@@ -118,6 +129,8 @@ class Inference:
             answer.abort()
         finally:
             deadline.cancel()
+            if passed is not None:
+                passed.leave(relay.output_tokens)
 
     def _forwarded(self, headers: Sequence[Header], request_id: bytes, *, journaled: bool) -> bytes:
         """The client's header lines that concern the worker, and ours."""
@@ -132,6 +145,18 @@ class Inference:
             lines.append(journal.ASK)
         lines.append(b"x-request-id: %b\r\n" % request_id)
         return b"".join(lines)
+
+
+def _claim(body: Body, identity: Identity, deadline: Deadline) -> Claim:
+    return Claim(
+        body.prompt_tokens,
+        body.samples or 1,
+        body.max_tokens,
+        identity.name,
+        identity.weight,
+        min(body.priority, identity.priority_max),
+        deadline.until,
+    )
 
 
 def _ask(inbound: Inbound, body: Body) -> Ask:

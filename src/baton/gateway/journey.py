@@ -25,6 +25,7 @@ from baton.gateway.merge import Merger
 from baton.gateway.metrics import Metrics
 from baton.gateway.relay import Relay, Stall
 from baton.gateway.timeline import Attempt, Timeline
+from baton.gateway.turnstile import Pass
 from baton.router.ask import Ask
 from baton.router.call import Fault
 from baton.router.legs import Leg, LegFailed, Legs, Pulse, is_event_stream
@@ -71,6 +72,7 @@ class Journey:
         pulse: Pulse,
         deadline: Deadline,
         timeline: Timeline,
+        passed: Pass,
         *,
         paired: bool,
     ) -> None:
@@ -83,6 +85,7 @@ class Journey:
         self._pulse = pulse
         self._deadline = deadline
         self._timeline = timeline
+        self._passed = passed
         self._paired = paired
         self._loop = asyncio.get_running_loop()
         self._avoid: frozenset[Worker] = NOBODY
@@ -129,6 +132,7 @@ class Journey:
         lost = legs.lost
         if lost is None:
             attempt.begun = self._loop.time()
+            self._passed.prefilled()
             lost = await self._deliver(legs)
         if lost is not None:
             attempt.lost = f"{lost.role} {_kind(lost)}"

@@ -11,6 +11,7 @@ from baton.gateway.door import Answer
 from baton.gateway.journal import SEED, Journal
 from baton.gateway.replies import error_event
 from baton.gateway.timeline import Timeline
+from baton.gateway.turnstile import completion_tokens
 from baton.router.call import Call, Failure, Fault, Header
 from baton.router.legs import Legs, Pulse, is_event_stream
 
@@ -32,6 +33,8 @@ DROPPED = frozenset(
 )
 """Headers that belong to one connection, or that the gateway says itself."""
 Edit = Callable[[bytes], bytes]
+USAGE_BYTES = 4096
+"""At the end of a reply, where its usage stands."""
 MAX_EVENT = 1 << 20
 """An unfinished event larger than this is passed on in pieces."""
 
@@ -61,9 +64,15 @@ class Relay:
         self.journal: Journal | None = None
         """Set if the stream can be continued elsewhere."""
 
+    @property
+    def output_tokens(self) -> int | None:
+        """How many tokens the client got; None if that is not known."""
+        return self.journal.count if self.journal is not None else completion_tokens(self._tail)
+
     def whole(self, call: Call, body: bytes) -> None:
         """A complete reply in one piece."""
         self.started = True
+        self._tail = body[-USAGE_BYTES:]
         self._answer.start(call.status, self._reply_headers(call), len(body))
         self._answer.write(body, more=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -48,6 +49,7 @@ class Router:
         self._loop = asyncio.get_running_loop()
         self.registry = Registry(options.breaker, self._doubted)
         self.registry.changed = self._changed
+        self._watchers: list[Callable[[], None]] = []
         self._monitor = Monitor(self.registry, options.health, options.worker_headers, self._forget)
         self.planner = Planner(self.registry, options.planner, self._random)
         self._turn = 0
@@ -145,7 +147,13 @@ class Router:
     def _doubted(self, worker: Worker) -> None:
         self._monitor.nudge(worker)
 
+    def watch(self, watcher: Callable[[], None]) -> None:
+        """Call it after every change of the usable workers."""
+        self._watchers.append(watcher)
+
     def _changed(self) -> None:
+        for watcher in self._watchers:
+            watcher()
         for pulse in self._waiting:
             pulse.ring()
 
