@@ -20,6 +20,7 @@ from baton.gateway.inference import PAIRED, Inference, InferenceOptions
 from baton.gateway.journey import Patience
 from baton.gateway.keys import Identity
 from baton.gateway.metrics import Metrics
+from baton.gateway.recorder import Recorder
 from baton.gateway.replies import RateLimited, error_body, error_headers, refuse
 from baton.gateway.timeline import Timeline
 from baton.gateway.turnstile import Turnstile
@@ -50,6 +51,7 @@ class Gateway:
         self._config = config
         self._keys = keys.load(config.api_key, config.admin_api_key, config.api_keys, os.environ)
         self._loop = asyncio.get_running_loop()
+        self.recorder = Recorder(self.metrics, self.router.planner.speeds, self._loop.time)
         self._control = Control(self.router, self.metrics).app()
         patience = Patience(config.stall_timeout, config.stage_timeout, config.worker_wait, config.retries)
         worker_key = keys.secret(config.worker_api_key, "worker_api_key", os.environ)
@@ -84,13 +86,15 @@ class Gateway:
         timeline = Timeline(
             request_id.decode("ascii"), path if path in PAIRED else "other", self._loop.time(), user=identity.name
         )
-        if metrics.in_flight >= self._config.max_concurrent_requests:
-            error = RateLimited(
-                f"{metrics.in_flight} requests are in progress, which is the limit here; try again soon"
-            )
-            refuse(answer, path, error, [(b"x-request-id", request_id)])
-            timeline.status = error.status
-        else:
+        self.recorder.began(timeline)
+        try:
+            if metrics.in_flight >= self._config.max_concurrent_requests:
+                error = RateLimited(
+                    f"{metrics.in_flight} requests are in progress, which is the limit here; try again soon"
+                )
+                refuse(answer, path, error, [(b"x-request-id", request_id)])
+                timeline.status, timeline.error = error.status, error.message
+                return
             metrics.in_flight += 1
             try:
                 await self._inference.serve(inbound, answer, pulse, timeline, identity)
@@ -99,8 +103,9 @@ class Gateway:
                 timeline.status = 499
             finally:
                 metrics.in_flight -= 1
-        timeline.finished = self._loop.time()
-        metrics.finished(timeline)
+        finally:
+            timeline.finished = self._loop.time()
+            self.recorder.finished(timeline)
 
     def _identify(self, headers: Sequence[Header], path: str) -> Identity:
         """Raises `Unauthorized` or `Forbidden`."""

@@ -18,6 +18,7 @@ from baton.gateway.metrics import Metrics
 from baton.gateway.relay import Relay
 from baton.gateway.replies import refuse
 from baton.gateway.timeline import Timeline
+from baton.gateway.trace import TRACEPARENT, Trace
 from baton.gateway.turnstile import Pass, Turnstile
 from baton.router import splice
 from baton.router.ask import Ask
@@ -94,6 +95,7 @@ class Inference:
             seconds = allowance(inbound.header(REQUEST_TIMEOUT), self._options.request_timeout)
             body = splice.read(inbound.body, kind) if kind else splice.opaque(inbound.body)
         except BadRequest as error:
+            timeline.error = error.message
             refuse(answer, inbound.path, error, own)
             return
         timeline.stream, timeline.model, timeline.prompt_tokens = body.stream, body.model, body.prompt_tokens
@@ -103,7 +105,8 @@ class Inference:
             passed = await self._turnstile.enter(_claim(body, identity, deadline), identity, pulse)
             timeline.admitted = self._loop.time()
             own += passed.headers
-            parcel = Parcel(inbound.target, self._forwarded(inbound.headers, request_id, journaled=body.stream), body)
+            headers = self._forwarded(inbound.headers, request_id, timeline.trace, journaled=body.stream)
+            parcel = Parcel(inbound.target, headers, body)
             journey = Journey(
                 self._router,
                 self._metrics,
@@ -119,6 +122,7 @@ class Inference:
             )
             await journey.run()
         except BatonError as error:
+            timeline.error = error.message
             if relay.started:
                 relay.broken(error)
             else:
@@ -130,9 +134,13 @@ class Inference:
         finally:
             deadline.cancel()
             if passed is not None:
-                passed.leave(relay.output_tokens)
+                tokens = relay.output_tokens
+                timeline.output_tokens = tokens or 0
+                passed.leave(tokens)
 
-    def _forwarded(self, headers: Sequence[Header], request_id: bytes, *, journaled: bool) -> bytes:
+    def _forwarded(
+        self, headers: Sequence[Header], request_id: bytes, trace: Trace | None, *, journaled: bool
+    ) -> bytes:
         """The client's header lines that concern the worker, and ours."""
         own = self._authorization
         lines = [
@@ -141,6 +149,9 @@ class Inference:
             if header[0] not in NOT_FORWARDED and not (own and header[0] == b"authorization")
         ]
         lines.append(own)
+        if trace is not None:
+            lines = [line for line in lines if not line.startswith(TRACEPARENT + b":")]
+            lines.append(trace.header)
         if journaled:
             lines.append(journal.ASK)
         lines.append(b"x-request-id: %b\r\n" % request_id)

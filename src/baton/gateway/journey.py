@@ -42,7 +42,6 @@ STALE_RETRIES = 2
 """Connections that were closed while idle are nobody's fault, and counted apart."""
 RESUMES = 8
 """How often one stream may be continued."""
-SERVER_TIMING = b"server-timing"
 BACKOFF = 0.05
 """Seconds before the first attempt with workers that have failed this request already; doubles."""
 
@@ -107,6 +106,9 @@ class Journey:
             self._timeline.attempts.append(attempt)
             legs = self._router.send(target, self._deadline.sent_with(self._parcel), self._pulse)
             legs.eager = bool(self._parcel.body.merge)
+            attempt.answer = legs.answer.call.headers
+            if legs.receipt is not None:
+                attempt.receipt = legs.receipt.call.headers
             try:
                 lost = await self._attempt(legs, attempt)
                 if lost is None:
@@ -116,10 +118,7 @@ class Journey:
                     return
             finally:
                 legs.cancel()
-                attempt.answer_timing = legs.answer.call.header(SERVER_TIMING) or b""
-                if legs.receipt is not None:
-                    attempt.receipt_timing = legs.receipt.call.header(SERVER_TIMING) or b""
-            self._metrics.retries += 1
+                attempt.ended = self._loop.time()
 
     async def _attempt(self, legs: Legs, attempt: Attempt) -> Leg | None:
         """None: answered. Else what was lost."""
@@ -226,7 +225,6 @@ class Journey:
         if notes is None or not notes.kept or self._resumes < 0:
             return False
         self._parcel = replace(asked, body=replace(asked.body, raw=notes.resume(asked.body)))
-        self._metrics.resumes += 1
         return True
 
     def _shun(self, legs: Legs, lost: Leg) -> None:

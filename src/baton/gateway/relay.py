@@ -11,6 +11,7 @@ from baton.gateway.door import Answer
 from baton.gateway.journal import SEED, Journal
 from baton.gateway.replies import error_event
 from baton.gateway.timeline import Timeline
+from baton.gateway.timing import SERVER_TIMING, server_timing
 from baton.gateway.turnstile import completion_tokens
 from baton.router.call import Call, Failure, Fault, Header
 from baton.router.legs import Legs, Pulse, is_event_stream
@@ -23,6 +24,7 @@ DROPPED = frozenset(
         b"keep-alive",
         b"proxy-authenticate",
         b"server",
+        SERVER_TIMING,
         b"te",
         b"trailer",
         b"transfer-encoding",
@@ -123,7 +125,10 @@ class Relay:
         return self.journal.pieces if self.journal is not None else cut
 
     def _reply_headers(self, call: Call) -> list[Header]:
-        return [header for header in call.headers if header[0] not in DROPPED] + self._headers
+        headers = [header for header in call.headers if header[0] not in DROPPED]
+        headers += self._headers
+        headers.append(server_timing(self._timeline))
+        return headers
 
 
 class Stall:

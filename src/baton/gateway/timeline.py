@@ -1,34 +1,38 @@
 """One request's life as the gateway saw it: marks, stamped once where things happen. Everything shown of it (header,
-metrics, spans, the dashboard's picture) is derived from these.
+metrics, spans, the dashboard's picture) is derived from these, and only when somebody looks (`baton.gateway.stages`).
 
-    received ─▶ admitted ─▶ sent ─▶ begun ─▶ finished        times of the event loop's clock, in seconds; 0.0: not yet
-                            └── once per attempt ──┘
+    received ─▶ admitted ─▶ sent ─▶ begun ─▶ ended ─▶ finished     times of the event loop's clock, in seconds;
+                            └─ once per attempt ─┘                 0.0: not yet
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from baton.gateway.trace import Trace
+from baton.router.call import Header
 from baton.router.target import Target
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Attempt:
     target: Target
     sent: float
     begun: float = 0.0
     """There was something to relay."""
+    ended: float = 0.0
     lost: str = ""
     """Why it failed: role and kind; "" if it did not."""
-    answer_timing: bytes = b""
-    """The answering worker's own marks: the value of its `Server-Timing` header."""
-    receipt_timing: bytes = b""
-    """The prefill worker's."""
+    answer: Sequence[Header] = ()
+    """The answering worker's headers; its own marks are in `Server-Timing`. Grows when its head comes."""
+    receipt: Sequence[Header] = ()
+    """The prefill worker's, which may come long after the answer has begun."""
     resumed: bool = False
     """It went on with a stream that another worker had begun."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Timeline:
     id: str
     route: str
@@ -45,4 +49,10 @@ class Timeline:
     stream: bool = False
     prompt_tokens: int = 0
     """Estimated."""
+    output_tokens: int = 0
+    """0 if the worker did not say."""
+    error: str = ""
+    """What the client was told went wrong."""
     attempts: list[Attempt] = field(default_factory=list)
+    trace: Trace | None = None
+    """Set if it is traced."""

@@ -83,6 +83,8 @@ class Worker:
     in_flight: int = 0
     prefilling: int = 0
     """Prompt tokens of whole requests that have not begun to answer: what it prefills itself."""
+    trips: int = 0
+    """How often its breaker opened."""
     pairs: int = 0
     """Pairs it was the decode side of."""
     served: int = 0
@@ -257,7 +259,9 @@ class Registry:
     def failed(self, worker: Worker, kind: str, now: float) -> None:
         """A request failed through the worker's fault."""
         worker.errors[kind] = worker.errors.get(kind, 0) + 1
+        opened = worker.breaker.opened
         worker.breaker = health.failed(worker.breaker, now, self._limits)
+        worker.trips += worker.breaker.opened > opened
         self.doubted(worker)
         if worker.breaker.opened:
             self.refresh(now)
