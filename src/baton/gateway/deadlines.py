@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 from baton.base.timeout import header_line
 from baton.router.call import Failure, Fault
 from baton.router.legs import Legs, Pulse
-from baton.router.target import Parcel
+from baton.router.wheel import Wheel
 
 GRACE_SECONDS = 5.0
 """After a deadline: until a request whose client does not even read is broken off."""
@@ -17,35 +16,31 @@ GRACE_SECONDS = 5.0
 class Deadline:
     """The end of a request: first told to whoever waits for a worker; then, if the client does not read, by force."""
 
-    __slots__ = ("_loop", "_message", "_pulse", "_task", "_timer", "forced", "until")
+    __slots__ = ("_pulse", "_seconds", "_task", "_timer", "_wheel", "forced", "until")
 
-    def __init__(self, pulse: Pulse, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        self._pulse, self._loop, self._task = pulse, loop, asyncio.current_task()
+    def __init__(self, pulse: Pulse, wheel: Wheel, seconds: float) -> None:
+        self._pulse, self._wheel, self._seconds = pulse, wheel, seconds
+        self._task = asyncio.current_task()
         self.forced = False
         """The task was cancelled by us."""
-        self._message = f"the request was not finished within {seconds:g} s"
-        self.until = loop.time() + seconds
-        self._timer = loop.call_at(self.until, self._expire)
+        self.until = wheel.loop.time() + seconds
+        self._timer = wheel.call_at(self.until, self._expire)
 
-    @property
-    def left(self) -> float:
-        return self.until - self._loop.time()
-
-    def sent_with(self, parcel: Parcel) -> Parcel:
-        """The worker hears how long it has: a gateway that is lost cannot cancel."""
-        return replace(parcel, headers=parcel.headers + header_line(self.left))
+    def header(self) -> bytes:
+        """For the workers, how long they have: a gateway that is lost cannot cancel."""
+        return header_line(self.until - self._wheel.loop.time())
 
     def cancel(self) -> None:
         self._timer.cancel()
 
     def _expire(self) -> None:
-        self._pulse.expire(self._message)
-        if self._task is not None:
-            self._timer = self._loop.call_later(GRACE_SECONDS, self._force, self._task)
+        self._pulse.expire(f"the request was not finished within {self._seconds:g} s")
+        self._timer = self._wheel.call_later(GRACE_SECONDS, self._force)
 
-    def _force(self, task: asyncio.Task[None]) -> None:
-        self.forced = True
-        task.cancel()
+    def _force(self) -> None:
+        if self._task is not None:
+            self.forced = True
+            self._task.cancel()
 
 
 class Stage:
@@ -54,9 +49,9 @@ class Stage:
 
     __slots__ = ("_legs", "_seconds", "_timer")
 
-    def __init__(self, legs: Legs, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+    def __init__(self, legs: Legs, wheel: Wheel, seconds: float) -> None:
         self._legs, self._seconds = legs, seconds
-        self._timer = loop.call_later(seconds, self._late)
+        self._timer = wheel.call_later(seconds, self._late)
 
     def cancel(self) -> None:
         self._timer.cancel()

@@ -27,6 +27,7 @@ from baton.router.legs import Pulse
 from baton.router.router import Router
 from baton.router.splice import Body, Kind
 from baton.router.target import Parcel
+from baton.router.wheel import Wheel
 
 PAIRED: dict[str, Kind] = {
     "/generate": "generate",
@@ -79,9 +80,13 @@ class Inference:
         self._metrics = metrics
         self._options = options
         self._loop = asyncio.get_running_loop()
+        self._wheel = Wheel(self._loop)
         self._authorization = (
             b"authorization: Bearer " + options.worker_api_key.encode() + b"\r\n" if options.worker_api_key else b""
         )
+
+    def close(self) -> None:
+        self._wheel.close()
 
     async def serve(
         self, inbound: Inbound, answer: Answer, pulse: Pulse, timeline: Timeline, identity: Identity
@@ -99,7 +104,7 @@ class Inference:
             refuse(answer, inbound.path, error, own)
             return
         timeline.stream, timeline.model, timeline.prompt_tokens = body.stream, body.model, body.prompt_tokens
-        deadline = Deadline(pulse, self._loop, seconds)
+        deadline = Deadline(pulse, self._wheel, seconds)
         passed: Pass | None = None
         try:
             passed = await self._turnstile.enter(_claim(body, identity, deadline), identity, pulse)
@@ -109,6 +114,7 @@ class Inference:
             parcel = Parcel(inbound.target, headers, body)
             journey = Journey(
                 self._router,
+                self._wheel,
                 self._metrics,
                 self._options.patience,
                 parcel,

@@ -32,6 +32,7 @@ from baton.router.legs import Leg, LegFailed, Legs, Pulse, is_event_stream
 from baton.router.registry import Runtime, Worker
 from baton.router.router import NOBODY, Router
 from baton.router.target import Parcel, Target
+from baton.router.wheel import Wheel
 
 log = logging.getLogger("baton.gateway")
 
@@ -63,6 +64,7 @@ class Journey:
     def __init__(
         self,
         router: Router,
+        wheel: Wheel,
         metrics: Metrics,
         patience: Patience,
         parcel: Parcel,
@@ -76,6 +78,7 @@ class Journey:
         paired: bool,
     ) -> None:
         self._router = router
+        self._wheel = wheel
         self._metrics = metrics
         self._patience = patience
         self._asked = self._parcel = parcel
@@ -104,7 +107,8 @@ class Journey:
                 return
             attempt = Attempt(target, self._loop.time(), resumed=self._relay.started)
             self._timeline.attempts.append(attempt)
-            legs = self._router.send(target, self._deadline.sent_with(self._parcel), self._pulse)
+            self._parcel.timeout = self._deadline.header()
+            legs = self._router.send(target, self._parcel, self._pulse)
             legs.eager = bool(self._parcel.body.merge)
             attempt.answer = legs.answer.call.headers
             if legs.receipt is not None:
@@ -122,7 +126,7 @@ class Journey:
 
     async def _attempt(self, legs: Legs, attempt: Attempt) -> Leg | None:
         """None: answered. Else what was lost."""
-        stage = Stage(legs, self._loop, self._patience.stage) if legs.receipt is not None else None
+        stage = Stage(legs, self._wheel, self._patience.stage) if legs.receipt is not None else None
         try:
             await legs.ready()
         finally:
@@ -159,7 +163,7 @@ class Journey:
         if answer.complete and not events:
             self._relay.whole(answer, answer.take())
             return None
-        stall = Stall(legs, self._pulse, self._loop, self._patience.stall)
+        stall = Stall(legs, self._pulse, self._wheel, self._patience.stall)
         try:
             return None if await self._relay.stream(legs, self._pulse, edit) else legs.answer
         finally:
@@ -213,7 +217,7 @@ class Journey:
         if lost.fault is Fault.STALE:
             self._stale -= 1
             return self._stale >= 0
-        if lost.fault is None and lost.call.status not in RETRYABLE_STATUSES:
+        if lost.fault is None and lost.status not in RETRYABLE_STATUSES:
             return False
         self._retries -= 1
         return self._retries >= 0
@@ -233,7 +237,7 @@ class Journey:
             return
         self._failures += 1
         self._avoid |= {lost.worker}
-        if lost.fault is Fault.LATE and legs.receipt is not None:
+        if lost.fault is Fault.LATE and lost is legs.answer and legs.receipt is not None:
             self._avoid |= {legs.answer.worker, legs.receipt.worker}
 
     # --- the end
@@ -256,8 +260,8 @@ class Journey:
 
 def _may_pass(lost: Leg) -> bool:
     """Its worker lives, and may do better the next time."""
-    return lost.fault in (Fault.LATE, Fault.STALE) or (lost.fault is None and lost.call.status in (502, 503))
+    return lost.fault in (Fault.LATE, Fault.STALE) or (lost.fault is None and lost.status in (502, 503))
 
 
 def _kind(lost: Leg) -> str:
-    return lost.fault.value if lost.fault is not None else f"status_{lost.call.status // 100}xx"
+    return lost.fault.value if lost.fault is not None else f"status_{lost.status // 100}xx"

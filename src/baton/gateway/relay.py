@@ -15,6 +15,7 @@ from baton.gateway.timing import SERVER_TIMING, server_timing
 from baton.gateway.turnstile import completion_tokens
 from baton.router.call import Call, Failure, Fault, Header
 from baton.router.legs import Legs, Pulse, is_event_stream
+from baton.router.wheel import Wheel
 
 DROPPED = frozenset(
     {
@@ -135,19 +136,19 @@ class Stall:
     """Gives up a worker from which nothing comes for too long in the middle of its answer: one timer, moved only when
     it fires."""
 
-    __slots__ = ("_call", "_loop", "_pulse", "_seconds", "_timer")
+    __slots__ = ("_call", "_pulse", "_seconds", "_timer", "_wheel")
 
-    def __init__(self, legs: Legs, pulse: Pulse, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        self._call, self._pulse, self._loop, self._seconds = legs.answer.call, pulse, loop, seconds
-        self._timer = loop.call_later(seconds, self._look)
+    def __init__(self, legs: Legs, pulse: Pulse, wheel: Wheel, seconds: float) -> None:
+        self._call, self._pulse, self._wheel, self._seconds = legs.answer.call, pulse, wheel, seconds
+        self._timer = wheel.call_later(seconds, self._look)
 
     def cancel(self) -> None:
         self._timer.cancel()
 
     def _look(self) -> None:
         due = self._call.last + self._seconds
-        if self._call.paused or due > self._loop.time():
-            self._timer = self._loop.call_at(max(due, self._loop.time() + 0.05), self._look)
+        if self._call.paused or due > self._wheel.loop.time():
+            self._timer = self._wheel.call_at(max(due, self._wheel.loop.time() + 0.05), self._look)
         else:
             message = f"it sent nothing for {self._seconds:g} s in the middle of its answer"
             self._call.fail(Failure(Fault.LATE, message))

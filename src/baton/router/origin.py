@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from baton.base.errors import ConfigError
@@ -15,6 +15,12 @@ class Origin:
     host: str
     port: int
     tls: bool
+    authority: str = field(init=False)
+    """host:port, as it stands in URLs and in the Host header."""
+
+    def __post_init__(self) -> None:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        object.__setattr__(self, "authority", f"{host}:{self.port}")  # frozen: said once, read for every request
 
     @classmethod
     def parse(cls, url: str) -> Origin:
@@ -34,8 +40,3 @@ class Origin:
     @property
     def url(self) -> str:
         return f"{'https' if self.tls else 'http'}://{self.authority}"
-
-    @property
-    def authority(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"

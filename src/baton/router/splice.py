@@ -51,6 +51,7 @@ class _Fields(msgspec.Struct):
     bootstrap_room: _Raw = _UNSET
     kv_transfer_params: _Raw = _UNSET
     baton_resume: _Raw = _UNSET
+    vllm_xargs: _Raw = _UNSET
     routed_dp_rank: _Raw = _UNSET
     disagg_prefill_dp_rank: _Raw = _UNSET
 
@@ -65,6 +66,8 @@ _SAMPLING = msgspec.json.Decoder(_Sampling | list[_Sampling])
 _ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _OPENING = re.compile(rb"[\s\[]*\"?")
+_ALMOST_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[\[{]")
+"""How an object begins in any encoding that a lenient parser finds out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +92,15 @@ class Body:
     prompt: bytes = b""
     """JSON, as the client wrote it."""
     priority: int = 0
+    batch: bool = False
+    """There are several prompts."""
 
 
 def read(raw: bytes, kind: Kind) -> Body:
     """Raises `BadRequest` if `raw` is not a JSON object, or asks for more than `MAX_SAMPLES` sequences."""
     try:
         fields = _FIELDS.decode(raw)
-        claimed = any(getattr(fields, name) is not _UNSET for name in OURS)
+        claimed = _claimed(fields) or _smuggles(fields.vllm_xargs)
         ranks = fields.routed_dp_rank is not _UNSET or fields.disagg_prefill_dp_rank is not _UNSET
         if claimed or ranks:
             _OBJECT.decode(raw)  # `pair` will: now is the time to find a key that is not UTF-8
@@ -135,17 +140,22 @@ def read(raw: bytes, kind: Kind) -> Body:
         model=fields.model if isinstance(fields.model, str) else "",
         prompt=_prompt(fields),
         priority=fields.priority if type(fields.priority) is int else 0,
+        batch=prompts is not None and prompts > 1,
     )
 
 
 def opaque(raw: bytes) -> Body:
-    """A body that is nobody's business on the way, perhaps not JSON: one worker gets it as it is, without `OURS`."""
+    """A body that is nobody's business on the way, perhaps not JSON: one worker gets it as it is, without `OURS`.
+    Raises `BadRequest` if these could be in there and cannot be found: a worker may read more than JSON, for instance
+    `NaN` and UTF-16."""
     claimed = False
-    if b"kv_transfer_params" in raw or b"\\u" in raw:  # (a key may be written with escapes)
+    if b"kv_transfer_params" in raw or b"\\u" in raw or b"\0" in raw[:8]:  # (a key may be written with escapes)
         try:
-            claimed = not _OBJECT.decode(raw).keys().isdisjoint(OURS)
+            members = _OBJECT.decode(raw)
+            claimed = not members.keys().isdisjoint(OURS) or _smuggles(members.get("vllm_xargs", _UNSET))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            claimed = False
+            if _ALMOST_JSON.match(raw):
+                raise BadRequest("the request body is not valid JSON in UTF-8") from None
     return Body(raw, False, None, len(raw) // 4 + 1, 0, "", claimed=claimed, ranks=False)
 
 
@@ -156,24 +166,27 @@ def pair(body: Body, host: str, port: int | None, rooms: Sequence[int]) -> tuple
     if not (body.claimed or body.ranks):
         both = append(body.raw, fields)
         return both, both
-    members = _OBJECT.decode(body.raw)
-    for name in OURS:
-        members.pop(name, None)
-    decode = append(msgspec.json.encode(members), fields)
-    if "disagg_prefill_dp_rank" in members:  # decode's name for the rank that the prefill worker calls its own
-        members["routed_dp_rank"] = members.pop("disagg_prefill_dp_rank")
-        return append(msgspec.json.encode(members), fields), decode
+    found = members(body)
+    decode = append(msgspec.json.encode(found), fields)
+    if "disagg_prefill_dp_rank" in found:  # decode's name for the rank that the prefill worker calls its own
+        found["routed_dp_rank"] = found.pop("disagg_prefill_dp_rank")
+        return append(msgspec.json.encode(found), fields), decode
     return decode, decode
 
 
 def single(body: Body) -> bytes:
     """The body for a worker that does everything: without the P/D fields, which would make it wait for a peer."""
-    if not body.claimed:
-        return body.raw
-    members = _OBJECT.decode(body.raw)
+    return msgspec.json.encode(members(body)) if body.claimed else body.raw
+
+
+def members(body: Body) -> dict[str, msgspec.Raw]:
+    """The client's fields, each as it was written, without `OURS`; of a body that is a JSON object."""
+    found = _OBJECT.decode(body.raw)
     for name in OURS:
-        members.pop(name, None)
-    return msgspec.json.encode(members)
+        found.pop(name, None)
+    if _smuggles(found.get("vllm_xargs", _UNSET)):
+        del found["vllm_xargs"]  # whoever tries that gets nothing of what is in there
+    return found
 
 
 def append(raw: bytes, fields: bytes) -> bytes:
@@ -192,6 +205,25 @@ def _rendezvous(host: str, port: int | None, rooms: Sequence[int], *, listed: bo
         b",".join([name] * count),
         b",".join([number] * count),
         b",".join([b"%d" % room for room in rooms]),
+    )
+
+
+def _smuggles(xargs: _Raw) -> bool:
+    """vLLM merges these extra arguments with `kv_transfer_params`, so they are another way to write it."""
+    if xargs is _UNSET:
+        return False
+    raw = bytes(xargs)
+    return b"kv_transfer_params" in raw or b"\\" in raw
+
+
+def _claimed(fields: _Fields) -> bool:
+    """Written out, since every request is asked."""
+    return not (
+        fields.bootstrap_host is _UNSET
+        and fields.bootstrap_port is _UNSET
+        and fields.bootstrap_room is _UNSET
+        and fields.kv_transfer_params is _UNSET
+        and fields.baton_resume is _UNSET
     )
 
 

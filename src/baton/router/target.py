@@ -29,7 +29,7 @@ class Target:
         return "whole: there is nothing to decide" if self.prefill is None else "split: there is nothing to decide"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Parcel:
     """What is sent, whoever gets it."""
 
@@ -38,6 +38,8 @@ class Parcel:
     headers: bytes
     """Header lines to pass on, each with its CR LF."""
     body: Body
+    timeout: bytes = b""
+    """The header line that says how long the worker has; another one for every attempt."""
 
 
 class Dialect(Protocol):
@@ -49,5 +51,5 @@ class Dialect(Protocol):
 def dispatch(leg: Leg, parcel: Parcel, body: bytes) -> None:
     """Send a leg's request."""
     head = f"POST {parcel.path} HTTP/1.1\r\nhost: {leg.worker.origin.authority}\r\n".encode("ascii")
-    request = b"%b%bcontent-length: %d\r\n\r\n%b" % (head, parcel.headers, len(body), body)
+    request = b"%b%b%bcontent-length: %d\r\n\r\n%b" % (head, parcel.headers, parcel.timeout, len(body), body)
     leg.worker.pool.send(leg.call, request)
