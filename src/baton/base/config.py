@@ -229,7 +229,16 @@ class GatewayConfig:
     priority_ageing: float = option(5.0, "seconds without a turn after which a lower priority has one")
     max_body_mb: float = option(8.0, "larger request bodies get 413")
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+    log_format: str = option("text", "of the log's lines", choices=("text", "json"))
+    log_requests: str = option(
+        "errors",
+        "a line per finished request; errors: for those that failed, were repeated or went on elsewhere",
+        choices=("none", "errors", "all"),
+    )
+    otlp_endpoint: str = option("", "URL of an OpenTelemetry collector (OTLP over HTTP) that gets a trace per request")
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(self, "request_timeout")
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"otlp_endpoint is {self.otlp_endpoint!r}; write http://HOST:PORT")

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from baton.base.config import GatewayConfig
 from baton.base.errors import BadRequest, ConfigError
+from baton.gateway import accesslog
 from baton.gateway.app import Gateway
 from baton.gateway.server import Bounds, Server
 from baton.router.registry import Description, Role
@@ -45,7 +46,7 @@ async def serving(
 
 def run(config: GatewayConfig, prefill: list[tuple[str, int | None]], decode: list[str], regular: list[str]) -> None:
     """Serve until SIGINT or SIGTERM. Raises `ConfigError` for unusable addresses."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=config.log_level.upper())
+    accesslog.configure(config.log_level, config.log_format)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_run(config, prefill, decode, regular))
 
