@@ -16,14 +16,18 @@ from baton.gateway import asgi, keys
 from baton.gateway.admission import AdmissionLimits
 from baton.gateway.control import OPEN_PATHS, Control, new_request_id
 from baton.gateway.door import Answer, Inbound
+from baton.gateway.explain import ExplainRoutes
 from baton.gateway.inference import PAIRED, Inference, InferenceOptions
 from baton.gateway.journey import Patience
 from baton.gateway.keys import Identity
 from baton.gateway.metrics import Metrics
+from baton.gateway.models import ModelRoutes
 from baton.gateway.recorder import Recorder
 from baton.gateway.replies import RateLimited, error_body, error_headers, refuse
+from baton.gateway.roster import Roster
 from baton.gateway.timeline import Timeline
 from baton.gateway.turnstile import Turnstile
+from baton.gateway.workers import WorkerRoutes
 from baton.router.call import Header
 from baton.router.health import Limits
 from baton.router.legs import ClientGone, Pulse
@@ -37,7 +41,7 @@ REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 NATIVE = frozenset({"/generate", "/tokenize", "/detokenize"})
 """Routes for workers outside /v1/."""
 
-ADMIN_PATHS = ("/workers", "/flush_cache", "/explain", "/requests", "/stats", "/loads")
+ADMIN_PATHS = ("/workers", "/flush_cache", "/explain", "/requests", "/stats", "/loads", "/get_loads")
 """What begins so needs an admin's key."""
 NOBODY = Identity("nobody")
 
@@ -52,15 +56,21 @@ class Gateway:
         self._keys = keys.load(config.api_key, config.admin_api_key, config.api_keys, os.environ)
         self._loop = asyncio.get_running_loop()
         self.recorder = Recorder(self.metrics, self.router.planner.speeds, self._loop.time)
-        self._control = Control(self.router, self.metrics).app()
-        patience = Patience(config.stall_timeout, config.stage_timeout, config.worker_wait, config.retries)
+        self.roster = Roster(self.router)
         worker_key = keys.secret(config.worker_api_key, "worker_api_key", os.environ)
+        workers = WorkerRoutes(self.router.registry, self.roster, worker_key, config.drain_timeout)
+        self.control = Control(
+            self.router, self.metrics, [workers, ModelRoutes(self.router), ExplainRoutes(self.router, config)]
+        )
+        self._control = self.control.app()
+        patience = Patience(config.stall_timeout, config.stage_timeout, config.worker_wait, config.retries)
         options = InferenceOptions(config.request_timeout, patience, worker_key)
         self.turnstile = Turnstile(_admission_limits(config), self.router)
         self._inference = Inference(self.router, self.turnstile, self.metrics, options)
 
     async def close(self) -> None:
         self.turnstile.close()
+        await self.roster.close()
         await self.router.close()
 
     async def __call__(self, inbound: Inbound, answer: Answer, pulse: Pulse) -> None:

@@ -66,9 +66,9 @@ async def fetch(
                     news.clear()
                     parts.append(call.take())
                     if call.received > limit:
-                        raise FetchFailed(f"{pool.origin.url}{path}: more than {limit} bytes")
+                        raise FetchFailed(f"{path}: more than {limit} bytes")
         except TimeoutError:
-            raise Silence(f"{pool.origin.url}{path}: no reply within {timeout:g} s") from None
+            raise Silence(f"{path}: no reply within {timeout:g} s") from None
         finally:
             call.cancel()
         if call.complete:
@@ -78,4 +78,4 @@ async def fetch(
         if failure is None or failure.fault is not Fault.STALE:
             break
     kind = Silence if failure is not None and failure.fault is Fault.SILENT else FetchFailed
-    raise kind(f"{pool.origin.url}{path}: {failure.message if failure else 'no reply'}")
+    raise kind(f"{path}: {failure.message if failure else 'no reply'}")

@@ -271,4 +271,4 @@ class LegFailed(BatonError):
     @classmethod
     def of(cls, leg: Leg) -> LegFailed:
         failure = leg.call.failure or Failure(Fault.RESET, "it broke off")
-        return cls(f"{leg.role} worker {leg.worker.url}: {failure.message}")
+        return cls(f"{leg.worker.name}: {failure.message}")

@@ -26,6 +26,15 @@ Split = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, slots=True)
+class Explanation:
+    """Where a request would go, and why."""
+
+    target: Target | None
+    """None: nobody can serve it."""
+    why: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PlannerOptions:
     prefill_policy: str = "round_robin"
     decode_policy: str = "round_robin"
@@ -61,11 +70,11 @@ class Planner:
             self._prefill.sent(ask, target.prefill.id)
         return target
 
-    def explain(self, ask: Ask, model: str) -> list[str]:
-        """Where such a request would go now, and why; nothing is learned or counted."""
+    def explain(self, ask: Ask, model: str) -> Explanation:
+        """Where such a request would go now; nothing is learned or counted. Raises `NotFound`."""
         fleet = self._fleet(model)
         if fleet is None or not fleet.answering.workers:
-            return ["nobody can serve it"]
+            return Explanation(None, ("nobody can serve it",))
         view, turn = fleet.answering.view, self._turn
         slot = self._decode.choose(ask, view, turn, 0.5)
         worker = fleet.answering.workers[slot]
@@ -76,7 +85,7 @@ class Planner:
             why = self._prefill.explain(ask, partners.view, turn, 0.5)
             lines.append(f"prefill ({self._options.prefill_policy}): {why}")
         target = self._paired(ask, worker, partners, turn, 0.5)
-        return [*lines, f"split ({self._options.split}): {target.reason}"]
+        return Explanation(target, (*lines, f"split ({self._options.split}): {target.reason}"))
 
     def forget(self, worker: Worker) -> None:
         """It is gone, or was restarted: its cache is empty."""

@@ -7,7 +7,7 @@ lists that the policies read directly. No I/O and no clock in here.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,6 +39,12 @@ class Description:
     connector: Connector = ""
     ttl: float | None = None
     """Seconds after which it is taken out unless it is heard of again (self-registration). None: it stays."""
+    model: str = ""
+    """What it is asked for by; "": what it says of itself."""
+    instance: str = ""
+    """Which start of the worker registers itself; "": not said."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """For people; nothing is decided by them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +74,16 @@ class Worker:
     revision: int = 0
     """How many instances have been seen at this URL."""
     model: str = ""
+    named: bool = False
+    """The model's name was given by whoever registered it."""
+    labels: Mapping[str, str] = field(default_factory=dict)
     healthy: bool = False
     reason: str = "not checked yet"
     """Why it is not healthy; "" if it is."""
     draining: bool = False
     """It gets no more requests, and is removed when it has none left."""
+    ttl: float | None = None
+    """Seconds it stays without being heard of; None: for ever."""
     expires: float | None = None
     """When it is taken out, unless it is heard of again."""
     seen: float = 0.0
@@ -96,6 +107,11 @@ class Worker:
     @property
     def url(self) -> str:
         return self.origin.url
+
+    @property
+    def name(self) -> str:
+        """For clients, who have no business with addresses: `decode-3f2a`."""
+        return f"{self.role}-{self.id[:4]}"
 
     @property
     def alone(self) -> bool:
@@ -158,6 +174,8 @@ class Registry:
         """Called after every change of the snapshot."""
         self._limits = limits
         self._workers: dict[str, Worker] = {}
+        self._seen: tuple[tuple[Worker, str, Runtime], ...] = ()
+        """What the snapshot was made of."""
 
     @property
     def workers(self) -> tuple[Worker, ...]:
@@ -169,6 +187,8 @@ class Registry:
             raise BadRequest(f"worker {origin.url} is registered already; remove it first", param="url")
         worker = Worker(origin, pool, about.role, about.bootstrap_port, about.runtime, about.connector)
         worker.id = str(uuid.uuid5(uuid.NAMESPACE_URL, origin.url))
+        worker.model, worker.named = about.model, bool(about.model)
+        worker.instance, worker.labels, worker.ttl = about.instance, about.labels, about.ttl
         worker.expires = None if about.ttl is None else now + about.ttl
         self._workers[origin.url] = worker
         return worker
@@ -178,12 +198,27 @@ class Registry:
         worker.draining = True
         self.refresh(now)
 
+    def keep(self, worker: Worker, now: float) -> None:
+        """It shall stay after all: `drain` is taken back."""
+        worker.draining = False
+        self.refresh(now)
+
     def renewed(self, worker: Worker, ttl: float | None, now: float) -> None:
-        """It was heard of again."""
-        worker.expires = None if ttl is None else now + ttl
+        """It was heard of again. One that was registered to stay does not begin to expire by this."""
+        if worker.ttl is not None:
+            worker.ttl = ttl or worker.ttl
+            worker.expires = now + worker.ttl
+
+    def amend(self, worker: Worker, bootstrap_port: int | None, labels: Mapping[str, str] | None) -> None:
+        """What whoever registered it wants otherwise; None: as it is."""
+        if bootstrap_port is not None:
+            worker.bootstrap_port = bootstrap_port
+        if labels is not None:
+            worker.labels = labels
 
     def remove(self, worker: Worker, now: float) -> None:
-        self._workers.pop(worker.url, None)
+        if self._workers.get(worker.url) is worker:  # there may be another one at this address by now
+            del self._workers[worker.url]
         self.refresh(now)
 
     def find(self, id_or_url: str) -> Worker:
@@ -197,20 +232,31 @@ class Registry:
         return self._workers.get(url)
 
     def learned(self, worker: Worker, facts: Facts) -> bool:
-        """What the worker says of itself. True if it is another start of it than before."""
-        another = worker.revision > 0 and bool(facts.instance) and facts.instance != worker.instance
-        if worker.revision == 0 or another:
-            worker.revision += 1
-        worker.instance, worker.model = facts.instance, facts.model
+        """What the worker says of itself. True if it is another start of it than before. `up` follows."""
+        another = self.restarted(worker, facts.instance)
+        if worker.revision == 0:
+            worker.revision, worker.instance = 1, facts.instance
+        if not worker.named:
+            worker.model = facts.model
         if worker.runtime == "auto":
             worker.runtime = facts.runtime
+        self._seen = ()  # look again
         if worker.bootstrap_port is None and worker.role == "prefill":
             worker.bootstrap_port = facts.bootstrap_port
         return another
 
+    def restarted(self, worker: Worker, instance: str) -> bool:
+        """True if this is another start of it than the one that was known: nothing is held against that."""
+        if worker.revision == 0 or not instance or instance == worker.instance:
+            return False
+        worker.revision += 1
+        worker.instance, worker.breaker = instance, health.CLOSED
+        self._seen = ()
+        return True
+
     def up(self, worker: Worker, now: float) -> None:
         worker.seen = now
-        if worker.healthy and not worker.breaker.opened:
+        if worker.healthy and not worker.breaker.opened and self._seen:
             return  # the usual case: nothing has changed
         if not worker.healthy:
             worker.healthy, worker.reason, worker.breaker = True, "", health.CLOSED
@@ -227,8 +273,10 @@ class Registry:
             for worker in self._workers.values()
             if worker.healthy and not worker.draining and health.allows(worker.breaker, now)
         )
-        if usable == self.snapshot.workers:
+        seen = tuple((worker, worker.model, worker.runtime) for worker in usable)
+        if seen == self._seen:
             return
+        self._seen = seen
         models: dict[str, list[Worker]] = {}
         for worker in usable:
             models.setdefault(worker.model, []).append(worker)
@@ -255,6 +303,10 @@ class Registry:
         if worker.breaker is not health.CLOSED:
             worker.breaker = health.CLOSED
             self.refresh(now)
+
+    def noted(self, worker: Worker, kind: str) -> None:
+        """Something was not as it should be, and went on nevertheless."""
+        worker.errors[kind] = worker.errors.get(kind, 0) + 1
 
     def failed(self, worker: Worker, kind: str, now: float) -> None:
         """A request failed through the worker's fault."""

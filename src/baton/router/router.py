@@ -67,15 +67,28 @@ class Router:
         return worker
 
     async def remove(self, worker: Worker, patience: float = 0.0) -> None:
-        """No new requests; those in flight have `patience` seconds, then they are broken off."""
+        """No new requests; those in flight have `patience` seconds, then they are broken off. Cancelled before that,
+        it leaves the worker where it is."""
         self.registry.drain(worker, self._loop.time())
         until = self._loop.time() + patience
         while worker.in_flight and self._loop.time() < until:
             await asyncio.sleep(0.02)
         self.registry.remove(worker, self._loop.time())
         self._forget(worker)
-        await self._monitor.forget(worker)
-        await worker.pool.close()
+        try:
+            await self._monitor.forget(worker)
+        finally:
+            await worker.pool.close()
+
+    def renew(self, worker: Worker, about: Description) -> None:
+        """It registers itself again: it lives, perhaps as another start of it, and is to stay."""
+        now = self._loop.time()
+        self.registry.renewed(worker, about.ttl, now)
+        if self.registry.restarted(worker, about.instance):
+            log.info("%s worker %s was restarted", worker.role, worker.url)
+            self._forget(worker)
+            self._monitor.nudge(worker)
+        self.registry.keep(worker, now)
 
     async def close(self) -> None:
         """Break off everything and release every connection and task. Idempotent."""
@@ -132,7 +145,7 @@ class Router:
             headers = (*headers, (b"content-type", b"application/json"))
         return await fetch(worker.pool, method, path, headers=headers, body=body, timeout=timeout)
 
-    async def ask_all(self, method: str, path: str, body: bytes = b"") -> dict[str, Reply | str]:
+    async def ask_all(self, method: str, path: str, body: bytes = b"") -> dict[Worker, Reply | str]:
         """One control request to every worker; an error is its text."""
         workers = self.registry.workers
 
@@ -142,7 +155,7 @@ class Router:
             except FetchFailed as error:
                 return str(error)
 
-        return dict(zip((w.url for w in workers), await asyncio.gather(*map(one, workers)), strict=True))
+        return dict(zip(workers, await asyncio.gather(*map(one, workers)), strict=True))
 
     def _doubted(self, worker: Worker) -> None:
         self._monitor.nudge(worker)
@@ -160,8 +173,8 @@ class Router:
     def _forget(self, worker: Worker) -> None:
         self.planner.forget(worker)
 
-    def missing(self, avoid: frozenset[Worker] = NOBODY) -> str:
-        """Why nobody can serve, in a sentence for people."""
+    def missing(self, avoid: frozenset[Worker] = NOBODY, *, addresses: bool = False) -> str:
+        """Why nobody can serve, in a sentence for people. `addresses`: for operators, who may know them."""
         workers = self.registry.workers
         if not workers:
             return "no workers are registered; add some with POST /workers"
@@ -172,12 +185,13 @@ class Router:
                 return f"no {other} worker is registered; a {roles.pop()} worker alone cannot serve"
         parts = []
         for worker in workers:
+            who = f"{worker.role} {worker.url}" if addresses else worker.name
             if not worker.healthy:
-                parts.append(f"{worker.role} {worker.url} is down ({worker.reason})")
+                parts.append(f"{who} is down ({worker.reason})")
             elif worker.draining:
-                parts.append(f"{worker.role} {worker.url} is being removed")
+                parts.append(f"{who} is being removed")
             elif worker.breaker.opened:
-                parts.append(f"{worker.role} {worker.url} has failed {worker.breaker.failures} times in a row")
+                parts.append(f"{who} has failed {worker.breaker.failures} times in a row")
             elif worker in avoid:
-                parts.append(f"{worker.role} {worker.url} failed just now")
+                parts.append(f"{who} failed just now")
         return "not enough usable workers: " + "; ".join(parts)

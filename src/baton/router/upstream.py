@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import ssl
 from collections.abc import Callable
 from typing import cast
@@ -297,7 +298,7 @@ class Pool:
         except TimeoutError:
             fault, message = Fault.SILENT, f"no connection within {self._connect_timeout:g} s"
         except OSError as error:
-            message = f"no connection ({error.strerror or error})"
+            message = f"no connection ({os.strerror(error.errno) if error.errno else 'it cannot be reached'})"
         except asyncio.CancelledError:  # only `close` does that
             message = "the gateway is closing"
         if message:
