@@ -12,6 +12,7 @@ How a request is sent, and to whom first, is a dialect's business (`baton.router
 from __future__ import annotations
 
 import asyncio
+import re
 
 from baton.base.errors import BatonError, TimedOut
 from baton.router.call import Call, Failure, Fault
@@ -19,8 +20,11 @@ from baton.router.registry import Registry, Role, Worker
 
 DRAIN_SECONDS = 10.0
 HOLD_SECONDS = 1.0
-RECEIPT_ERRORS = (b'data: {"error"', b'{"error"')
+EVENT_ERRORS = (b'data: {"error"', b"event: error\n")
+RECEIPT_ERRORS = (*EVENT_ERRORS, b'{"error"')
 ABORTED = (b'"finish_reason":{"type":"abort"', b'"finish_reason": {"type": "abort"')
+
+_CODE = re.compile(rb'"code"\s*:\s*([45]\d\d)\b')
 
 SICK = frozenset({500, 501, 504, 505})
 """Statuses that count against a worker. 502 and 503 do not: they speak of its peers and of its load."""
@@ -80,12 +84,14 @@ class ClientGone(Exception):
 class Leg:
     """One call, and what must be given back when it ends."""
 
-    __slots__ = ("_charged", "_registry", "_settled", "_tokens", "call", "role", "worker")
+    __slots__ = ("_charged", "_registry", "_settled", "_tokens", "call", "refused", "role", "worker")
 
     def __init__(self, role: Role, worker: Worker, tokens: int, registry: Registry, now: float) -> None:
         self.role: Role = role
         self.worker = worker
         self.call = Call()
+        self.refused = 0
+        """The status inside an error event that came first, in a stream with status 200; 0: there was none."""
         self._registry = registry
         self._tokens = tokens
         self._settled = False
@@ -107,7 +113,7 @@ class Leg:
             return
         self._settled = True
         self.discharge()
-        fault, status = self.fault, self.call.status
+        fault, status = self.fault, self.status
         if fault is Fault.STALE:
             self.worker.pool.discard_idle()
             self._registry.doubted(self.worker)
@@ -119,6 +125,10 @@ class Leg:
             self._registry.failed(self.worker, "status_5xx", now)
         elif fault is None:
             self._registry.succeeded(self.worker, now)
+
+    @property
+    def status(self) -> int:
+        return self.refused or self.call.status
 
     @property
     def fault(self) -> Fault | None:
@@ -155,12 +165,14 @@ class Legs:
 
     def on_answer(self, call: Call) -> None:
         done = call.done
-        if (call.failure is not None and not self.relaying) or call.status >= 400:
+        if not self.relaying and self.lost is None and _is_error(call):
+            self.answer.refused = _code(call.chunks[0])
+        if (call.failure is not None and not self.relaying) or self.answer.status >= 400:
             self._lose(self.answer)
         if done:
             self.answer.settle(self._loop.time())
             self._answered(call)
-        if done or self.relaying or self.eager or call.paused or call.status >= 400 or self._streams(call):
+        if done or self.relaying or self.eager or call.paused or self.answer.status >= 400 or self._streams(call):
             self._pulse.ring()
 
     def on_receipt(self, call: Call) -> None:
@@ -253,6 +265,19 @@ class Legs:
 def is_event_stream(call: Call) -> bool:
     kind = call.header(b"content-type")
     return kind is not None and kind.startswith(b"text/event-stream")
+
+
+def _is_error(call: Call) -> bool:
+    """A stream that begins with a failure: nothing of the answer is there yet."""
+    return bool(call.chunks) and call.chunks[0].startswith(EVENT_ERRORS) and is_event_stream(call)
+
+
+def _code(event: bytes) -> int:
+    """The HTTP status that an error event speaks of; 500 if it names none."""
+    found = _CODE.search(event)
+    if found is not None:
+        return int(found[1])
+    return 400 if b"invalid_request_error" in event else 500
 
 
 def _refused(receipt: Call) -> bool:

@@ -12,6 +12,7 @@ from baton.base.errors import Unavailable
 from baton.router.ask import Ask
 from baton.router.call import Header
 from baton.router.dialects.native import Native
+from baton.router.dialects.vllm import Vllm
 from baton.router.dialects.whole import Whole
 from baton.router.fetch import FetchFailed, Reply, fetch
 from baton.router.health import Limits
@@ -56,7 +57,8 @@ class Router:
         self._waiting: set[Pulse] = set()
         self._whole: Dialect = Whole(self.registry, self._loop)
         native = Native(self.registry, self._loop, self._random)
-        self._pairs: dict[Runtime, Dialect] = {"baton": native, "sglang": native}
+        self._vllm = Vllm(self.registry, self._loop, self._random, options.connect_timeout)
+        self._pairs: dict[Runtime, Dialect] = {"baton": native, "sglang": native, "vllm": self._vllm}
 
     def add(self, url: str, about: Description) -> Worker:
         """Raises `ConfigError` for a bad URL, `BadRequest` if it is there already. Used as soon as it is healthy."""
@@ -93,6 +95,7 @@ class Router:
     async def close(self) -> None:
         """Break off everything and release every connection and task. Idempotent."""
         await self._monitor.close()
+        await self._vllm.close()
         for worker in self.registry.workers:
             await worker.pool.close()
 
@@ -165,6 +168,7 @@ class Router:
         self._watchers.append(watcher)
 
     def _changed(self) -> None:
+        self._vllm.directory.keep(self.registry.snapshot.workers)
         for watcher in self._watchers:
             watcher()
         for pulse in self._waiting:
