@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -13,7 +15,8 @@ from baton.base.config import GatewayConfig
 from baton.base.errors import BadRequest, ConfigError
 from baton.gateway import accesslog
 from baton.gateway.app import Gateway
-from baton.gateway.server import Bounds, Server
+from baton.gateway.bounds import Bounds
+from baton.gateway.server import Server
 from baton.router.registry import Description, Role
 from baton.router.router import Router
 
@@ -59,7 +62,18 @@ async def _run(
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, server.stop)
         log.info("gateway listens on http://%s:%d", config.host, port)
+        _settle()
         await server.stopped()
+
+
+def _settle() -> None:
+    """For a process that serves from now on: what is there stays and need not be searched for garbage again, and there
+    may be as many sockets as the system allows."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def bind(host: str, port: int) -> socket.socket:
