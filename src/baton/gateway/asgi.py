@@ -42,6 +42,7 @@ async def serve(app: App, inbound: Inbound, answer: Answer, pulse: Pulse) -> Non
 
 
 def _scope(inbound: Inbound) -> Message:
+    """Without `host`: a framework that makes URLs of it would fail at odd ones, and lead clients where these point."""
     return {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -52,7 +53,7 @@ def _scope(inbound: Inbound) -> Message:
         "raw_path": inbound.path.encode("ascii"),
         "query_string": inbound.query.encode("ascii"),
         "root_path": "",
-        "headers": list(inbound.headers),
+        "headers": [header for header in inbound.headers if header[0] != b"host"],
         "client": (inbound.client, 0),
         "server": None,
     }
