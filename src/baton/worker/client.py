@@ -103,6 +103,8 @@ class EngineClient:
         self._on_ready = on_ready
         self._end: FrontEnd | None = None
         self._inboxes: dict[str, Inbox] = {}
+        self._leaving: set[str] = set()
+        """Aborted by us; the engine's last word on them is on its way, and must not be taken for another request's."""
         self._answers: dict[str, asyncio.Future[Load | Flushed]] = {}
         self._numbers = itertools.count()
         self._last_word = float("-inf")
@@ -136,9 +138,11 @@ class EngineClient:
     def fail_all(self, reason: BatonError) -> None:
         """Every open request ends with this error."""
         inboxes, self._inboxes = self._inboxes, {}
+        if self._end is None:
+            self._leaving.clear()
         for id, inbox in inboxes.items():
             if self._end is not None:
-                self._end.send(Abort(id))
+                self._abort(self._end, id)
             inbox.put(Failed.of(id, reason))
         answers, self._answers = self._answers, {}
         for answer in answers.values():
@@ -150,9 +154,12 @@ class EngineClient:
         match message:
             case Tokens(id=id) | Failed(id=id):
                 inbox = self._inboxes.get(id)
+                last = isinstance(message, Failed) or message.finish is not None
                 if inbox is None:
-                    return  # aborted by us; the engine's last words
-                if isinstance(message, Failed) or message.finish is not None:
+                    if last:
+                        self._leaving.discard(id)
+                    return
+                if last:
                     del self._inboxes[id]
                 inbox.put(message)
             case Load(id=id):
@@ -188,8 +195,10 @@ class EngineClient:
     # --- the requests' side ----------------------------------------------------------------------------------
 
     def unique(self, id: str) -> str:
-        """The id itself if it is free, else with a mark behind it: ids of clients may repeat."""
-        return id if id not in self._inboxes else f"{id}~{next(self._numbers)}"
+        """The id itself if it is free, else with a mark behind it: ids of clients may repeat, as those of a gateway's
+        second attempts do."""
+        taken = id in self._inboxes or id in self._leaving
+        return f"{id}~{next(self._numbers)}" if taken else id
 
     def start(self, requests: Sequence[Generate]) -> Inbox:
         """Send the sequences of one HTTP request. Raises `Unavailable`."""
@@ -203,7 +212,7 @@ class EngineClient:
     def forget(self, id: str, *, abort: bool) -> None:
         self._inboxes.pop(id, None)
         if abort and self._end is not None:
-            self._end.send(Abort(id))
+            self._abort(self._end, id)
 
     def abort(self, prefix: str) -> int:
         """Abort every open sequence whose id begins with `prefix` (`""`: all); their requests answer with what they
@@ -213,6 +222,10 @@ class EngineClient:
             for id in ids:
                 self._end.send(Abort(id))
         return len(ids)
+
+    def _abort(self, end: FrontEnd, id: str) -> None:
+        self._leaving.add(id)
+        end.send(Abort(id))
 
     async def probe(self, timeout: float) -> Load:
         """Ask the engine how it is. Raises `Unavailable` if it does not answer in `timeout` seconds."""
