@@ -123,9 +123,35 @@ def test_prefill_failing_after_decode_has_begun_is_decodes_to_tell() -> None:
 
     async def check(s: Stack) -> None:
         reply = await s.post(json=STREAM)
-        assert reply.content == b"".join(b"data: %d\n\n" % i for i in range(10))
+        assert reply.content == b"".join(stream)
 
-    with_stack(prefill, events(*[b"data: %d\n\n" % i for i in range(10)], gap=0.02), check)
+    stream = [*(b"data: %d\n\n" % i for i in range(10)), b"data: [DONE]\n\n"]
+    with_stack(prefill, events(*stream, gap=0.02), check)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/generate"])
+def test_a_stream_that_ends_without_its_end_is_not_passed_on_as_a_whole(path: str) -> None:
+    """HTTP is content: the last chunk came. The client must not be."""
+
+    async def check(s: Stack) -> None:
+        reply = await s.post(path, json=STREAM)
+        parts = reply.content.split(b"\n\n")
+        assert parts[0] == b"data: {}"
+        assert json.loads(parts[1][6:])["error"]["code"] == "worker_failed"
+        assert parts[2:] == [b"data: [DONE]", b""]
+
+    with_stack(RECEIPT, events(b"data: {}\n\n"), check)
+
+
+@pytest.mark.parametrize("failing", ["prefill", "decode"])
+@pytest.mark.parametrize("said", [b"<html>It works!</html>", b'{"choices": [', b""])
+def test_an_answer_that_is_no_answer_is_a_failure(failing: str, said: bytes) -> None:
+    async def check(s: Stack) -> None:
+        reply = await s.post()
+        assert reply.status_code == 502
+        assert "not, or not all of, what was asked for" in str(error_of(reply)["message"])
+
+    with_stack(*((whole(said), hang) if failing == "prefill" else (RECEIPT, whole(said))), check)
 
 
 def test_a_disconnect_cancels_both_legs_within_a_second() -> None:

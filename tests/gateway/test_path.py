@@ -16,6 +16,7 @@ from tests.gateway.stack import CHAT, RECEIPT, Stack, meeting, stack, with_stack
 from tests.router.mocks import Exchange, Mock, events, hang, run, until, whole
 
 HEAD = b'data: {"id":"1","object":"chat.completion.chunk","created":1,"model":"m",'
+DONE = b"data: [DONE]\n\n"
 CHUNKS = [HEAD + b'"choices":[{"index":0,"delta":{"content":"%d "},"finish_reason":null}]}\n\n' % i for i in range(20)]
 DONE = b"data: [DONE]\n\n"
 
@@ -76,8 +77,9 @@ def test_each_event_is_relayed_when_it_comes() -> None:
             assert first == CHUNKS[0]
             s.decode.seen[0].piece(CHUNKS[1])
             assert await anext(parts) == CHUNKS[1]
+            s.decode.seen[0].piece(DONE)
             s.decode.seen[0].end_stream()
-            assert [part async for part in parts] == []
+            assert [part async for part in parts] == [DONE]
 
     async def decode(exchange: Exchange) -> None:
         exchange.begin_stream()
@@ -89,7 +91,7 @@ def test_each_event_is_relayed_when_it_comes() -> None:
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 @pytest.mark.parametrize("separator", [b"\n\n", b"\r\n\r\n"])
 def test_streams_in_odd_pieces_arrive_byte_for_byte(size: int, separator: bytes) -> None:
-    text = b"".join(chunk[:-2] + separator for chunk in CHUNKS) + b": comment" + separator + b"data: tail without end"
+    text = b"".join(chunk[:-2] + separator for chunk in CHUNKS) + b": comment" + separator + b"data: [DONE]"
 
     async def check(s: Stack) -> None:
         reply = await s.post(json={"stream": True})
@@ -120,12 +122,13 @@ def test_a_hundred_streams_at_once_and_connections_are_reused() -> None:
         for i in range(10):
             exchange.piece(b"data: %d-%d\n\n" % (mine, i))
             await asyncio.sleep(0.002)
+        exchange.piece(DONE)
         exchange.end_stream()
 
     async def check(s: Stack) -> None:
         async def one(mine: int) -> None:
             reply = await s.post(json={"stream": True, "mine": mine})
-            assert reply.content == b"".join(b"data: %d-%d\n\n" % (mine, i) for i in range(10))
+            assert reply.content == b"".join(b"data: %d-%d\n\n" % (mine, i) for i in range(10)) + DONE
 
         for _ in range(2):
             await asyncio.gather(*(one(i) for i in range(100)))

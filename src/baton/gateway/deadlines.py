@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+import enum
+from dataclasses import dataclass
 
 from baton.base.timeout import header_line
 from baton.router.call import Failure, Fault
@@ -44,20 +45,43 @@ class Deadline:
 
 
 class Stage:
-    """Gives up a pair that does not come to its first token in time, unless the prefill worker has done its part: how
-    long the decode worker's own queue is, is no business of this clock."""
+    """Gives up an attempt whose answer does not begin in time. It looks rarely: a phase may last half as long again."""
 
-    __slots__ = ("_legs", "_seconds", "_timer")
+    __slots__ = ("_legs", "_limits", "_phase", "_since", "_stream", "_timer", "_wheel")
 
-    def __init__(self, legs: Legs, wheel: Wheel, seconds: float) -> None:
-        self._legs, self._seconds = legs, seconds
-        self._timer = wheel.call_later(seconds, self._late)
+    def __init__(self, legs: Legs, wheel: Wheel, limits: Limits, *, stream: bool) -> None:
+        """`stream`: one is asked for."""
+        self._legs, self._wheel, self._limits, self._stream = legs, wheel, limits, stream
+        self._phase = Phase.PREFILL if legs.receipt is not None else Phase.WHOLE
+        self._since = wheel.loop.time()
+        self._timer = wheel.call_later(limits.stage, self._look)
 
     def cancel(self) -> None:
         self._timer.cancel()
 
-    def _late(self) -> None:
-        legs = self._legs
-        if legs.lost is None and not legs.begun and legs.receipt is not None and not legs.receipt.call.done:
-            message = f"no first token within {self._seconds:.0f} s, which is long for this prompt"
-            legs.give_up(Failure(Fault.LATE, message))
+    def _look(self) -> None:
+        legs, now = self._legs, self._wheel.loop.time()
+        if legs.lost is not None or legs.answer.call.done:
+            return
+        phase = self._phase_now()
+        if phase is not self._phase:
+            self._phase, self._since = phase, now
+        limit = self._limit(phase)
+        if now < self._since + limit:
+            self._timer = self._wheel.call_later(min(self._since + limit - now, self._limits.stage / 2), self._look)
+        else:
+            legs.give_up(Failure(Fault.LATE, f"{phase.value} within {limit:.0f} s, which is long for this request"))
+
+    def _phase_now(self) -> Phase:
+        answer, receipt = self._legs.answer, self._legs.receipt
+        if answer.call.last:
+            return Phase.ARRIVING
+        if not answer.worker.healthy:
+            return Phase.REFUSING
+        if receipt is None:
+            return Phase.WHOLE
+        return Phase.DECODE if receipt.call.done else Phase.PREFILL
+
+    def _limit(self, phase: Phase) -> float:
+        patient = phase is Phase.WHOLE or (phase is Phase.DECODE and not self._stream)
+        return self._limits.slack if patient else self._limits.stage

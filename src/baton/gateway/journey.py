@@ -20,7 +20,7 @@ import logging
 from dataclasses import dataclass, replace
 
 from baton.base.errors import Unavailable
-from baton.gateway.deadlines import Deadline, Stage
+from baton.gateway.deadlines import Deadline, Limits, Stage
 from baton.gateway.merge import Merger
 from baton.gateway.metrics import Metrics
 from baton.gateway.relay import Relay, Stall
@@ -30,6 +30,7 @@ from baton.router.ask import Ask
 from baton.router.call import Fault
 from baton.router.legs import Leg, LegFailed, Legs, Pulse, is_event_stream
 from baton.router.registry import Runtime, Worker
+from baton.router import splice
 from baton.router.router import NOBODY, Router
 from baton.router.target import Parcel, Target
 from baton.router.wheel import Wheel
@@ -49,6 +50,10 @@ BACKOFF = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Patience:
+RECHECK = 0.1
+"""Seconds between looks at whether one of those has passed a check."""
+SLACK = 16.0
+"""Times as long as usual, and as much as was allowed, a plain answer may take; doubles."""
     """How long and how often."""
 
     stall: float
@@ -90,7 +95,8 @@ class Journey:
         self._passed = passed
         self._paired = paired
         self._loop = asyncio.get_running_loop()
-        self._avoid: frozenset[Worker] = NOBODY
+        self._avoid: dict[Worker, float] = {}
+        """Who failed this request, and when (loop time)."""
         self._retries = patience.retries
         self._stale = STALE_RETRIES
         self._resumes = RESUMES
@@ -105,11 +111,11 @@ class Journey:
                 assert lost is not None
                 await self._pass_on(lost)
                 return
-            attempt = Attempt(target, self._loop.time(), resumed=self._relay.started)
+            attempt = Attempt(target, monotonic(), resumed=self._relay.started)
             self._timeline.attempts.append(attempt)
             self._parcel.timeout = self._deadline.header()
             legs = self._router.send(target, self._parcel, self._pulse)
-            legs.eager = bool(self._parcel.body.merge)
+            legs.eager, legs.strict = bool(self._parcel.body.merge), self._paired
             attempt.answer = legs.answer.call.headers
             if legs.receipt is not None:
                 attempt.receipt = legs.receipt.call.headers
@@ -122,19 +128,18 @@ class Journey:
                     return
             finally:
                 legs.cancel()
-                attempt.ended = self._loop.time()
+                attempt.ended = monotonic()
 
     async def _attempt(self, legs: Legs, attempt: Attempt) -> Leg | None:
         """None: answered. Else what was lost."""
-        stage = Stage(legs, self._wheel, self._patience.stage) if legs.receipt is not None else None
+        stage = Stage(legs, self._wheel, self._limits(), stream=self._parcel.body.stream)
         try:
             await legs.ready()
         finally:
-            if stage is not None:
-                stage.cancel()
+            stage.cancel()
         lost = legs.lost
         if lost is None:
-            attempt.begun = self._loop.time()
+            attempt.begun = monotonic()
             self._passed.prefilled()
             lost = await self._deliver(legs)
         if lost is not None:
@@ -152,6 +157,8 @@ class Journey:
         if self._parcel.body.merge and legs.receipt is not None:
             receipt = legs.receipt.call
             if not await self._collect(legs.receipt) or receipt.status >= 400:
+        if self._relay.started and not events:
+            return legs.answer  # it was asked to go on with a stream
                 return legs.receipt
             merger = Merger(self._parcel.body.merge, receipt.take(), stream=is_event_stream(receipt))
             if not events:
@@ -163,7 +170,7 @@ class Journey:
         if answer.complete and not events:
             self._relay.whole(answer, answer.take())
             return None
-        stall = Stall(legs, self._pulse, self._wheel, self._patience.stall)
+        stall = Stall(legs, self._relay, self._pulse, self._wheel, self._patience.stall)
         try:
             return None if await self._relay.stream(legs, self._pulse, edit) else legs.answer
         finally:
@@ -180,19 +187,24 @@ class Journey:
 
     async def _target(self, lost: Leg | None) -> Target | None:
         """Where to send it; None if there is nowhere, and something was lost that the client can be told of."""
+    def _limits(self) -> Limits:
+        """Who waits for the last time waits as long as it takes."""
+        stage = self._patience.stage
+        if not self._retries:
+            return Limits(stage, math.inf)
+        usual = self._router.planner.speeds.duration(0.0, self._asked.body.max_tokens)
+        return Limits(stage, stage + SLACK * 2**self._failures * usual)
+
         until = self._loop.time() + self._patience.workers
         while True:
             try:
-                return self._plan(self._avoid)
+                return self._plan(frozenset(self._avoid) if self._avoid else NOBODY)
             except Unavailable as error:
-                if self._avoid and lost is not None and _may_pass(lost):
-                    self._avoid = NOBODY  # better the same ones again than nobody
-                    await self._pause()
-                    continue
                 left = until - self._loop.time()
-                spoken = lost is not None and lost.fault is None
-                if left > 0 and not spoken and self._router.hopeful():
-                    await self._router.change(self._pulse, left)
+                if lost is not None and self._forgive(lost, left):
+                    await self._pause()
+                elif left > 0 and self._router.hopeful():
+                    await self._router.change(self._pulse, min(left, RECHECK) if self._avoid else left)
                 elif lost is None:
                     raise error
                 else:
@@ -202,6 +214,19 @@ class Journey:
         if not self._paired:
             return self._router.plan_one(avoid)
         runtime: Runtime = "baton" if self._relay.started else "auto"  # only our own workers can continue a stream
+    def _forgive(self, lost: Leg, left: float) -> bool:
+        """Better the same ones again than nobody: those that live and may do better the next time, or that have passed
+        a check since. False if there are none. `left`: seconds there are to wait for better."""
+        lives = lost.fault in (Fault.LATE, Fault.STALE) or (lost.fault is None and lost.status == 502)
+        busy = lost.fault is None and lost.status == 503
+        if lives or (busy and left <= 0):
+            forgiven = list(self._avoid)
+        else:
+            forgiven = [worker for worker, when in self._avoid.items() if worker.seen > when]
+        for worker in forgiven:
+            del self._avoid[worker]
+        return bool(forgiven)
+
         return self._router.plan(self._ask, self._parcel.body.model, avoid, runtime)
 
     async def _pause(self) -> None:
@@ -213,22 +238,24 @@ class Journey:
     def _again(self, lost: Leg) -> bool:
         """Is another attempt allowed? Prepares it."""
         if self._relay.started:
-            return self._resume()
-        if lost.fault is Fault.STALE:
+            return self._resume(lost)
+        if lost.fault is Fault.STALE and self._stale:
             self._stale -= 1
-            return self._stale >= 0
+            return True
         if lost.fault is None and lost.status not in RETRYABLE_STATUSES:
             return False
         self._retries -= 1
         return self._retries >= 0
 
-    def _resume(self) -> bool:
+    def _resume(self, lost: Leg) -> bool:
         """Go on with the stream elsewhere."""
         notes, asked = self._relay.journal, self._asked
         self._resumes -= 1
-        if notes is None or not notes.kept or self._resumes < 0:
+        refused = lost.fault is None and lost.status >= 400 and lost.status not in RETRYABLE_STATUSES
+        if notes is None or not notes.kept or refused or self._resumes < 0:
             return False
-        self._parcel = replace(asked, body=replace(asked.body, raw=notes.resume(asked.body)))
+        ours = replace(asked.body, raw=splice.single(asked.body), claimed=False)
+        self._parcel = replace(asked, body=replace(ours, raw=notes.resume(ours)))
         return True
 
     def _shun(self, legs: Legs, lost: Leg) -> None:
@@ -236,9 +263,11 @@ class Journey:
         if lost.fault is Fault.STALE:
             return
         self._failures += 1
-        self._avoid |= {lost.worker}
+        self._avoid[lost.worker] = now = self._loop.time()
         if lost.fault is Fault.LATE and lost is legs.answer and legs.receipt is not None:
-            self._avoid |= {legs.answer.worker, legs.receipt.worker}
+            self._avoid[legs.receipt.worker] = now
+        if lost.fault is None and lost.status < 400:
+            lost.doubt()  # HTTP was content with it
 
     # --- the end
 
@@ -258,10 +287,7 @@ class Journey:
         self._relay.whole(call, call.take())
 
 
-def _may_pass(lost: Leg) -> bool:
-    """Its worker lives, and may do better the next time."""
-    return lost.fault in (Fault.LATE, Fault.STALE) or (lost.fault is None and lost.status in (502, 503))
-
-
 def _kind(lost: Leg) -> str:
-    return lost.fault.value if lost.fault is not None else f"status_{lost.status // 100}xx"
+    if lost.fault is not None:
+        return lost.fault.value
+    return f"status_{lost.status // 100}xx" if lost.status >= 400 else "unfinished"

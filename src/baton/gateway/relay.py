@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from time import monotonic
 from typing import Protocol
 
 from baton.base.errors import BatonError
 from baton.gateway.door import Answer
 from baton.gateway.journal import SEED, Journal
-from baton.gateway.replies import error_event
+from baton.gateway.replies import DONE, error_event
 from baton.gateway.timeline import Timeline
 from baton.gateway.timing import SERVER_TIMING, server_timing
 from baton.gateway.turnstile import completion_tokens
@@ -39,6 +40,9 @@ Edit = Callable[[bytes], bytes]
 USAGE_BYTES = 4096
 """At the end of a reply, where its usage stands."""
 MAX_EVENT = 1 << 20
+ENDED_BY_DONE = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
+"""Routes whose streams say that they are over; of others only HTTP does."""
+ERROR_EVENT = b'data: {"error"'
 """An unfinished event larger than this is passed on in pieces."""
 
 
@@ -51,7 +55,19 @@ class Cutter(Protocol):
 class Relay:
     """One answer on its way to the client."""
 
-    __slots__ = ("_answer", "_headers", "_path", "_tail", "_timeline", "events", "journal", "started")
+    __slots__ = (
+        "_answer",
+        "_end",
+        "_headers",
+        "_loop",
+        "_path",
+        "_tail",
+        "_timeline",
+        "events",
+        "journal",
+        "moved",
+        "started",
+    )
 
     def __init__(self, answer: Answer, path: str, headers: list[Header], timeline: Timeline) -> None:
         self._answer = answer
@@ -62,6 +78,11 @@ class Relay:
         self._tail = b""
         """The beginning of a piece whose end has not come."""
         self.started = False
+        self._end = b""
+        """The last bytes that were passed on."""
+        self._loop = asyncio.get_running_loop()
+        self.moved = 0.0
+        """Loop time when something was passed on last."""
         self.events = False
         """It is an event stream."""
         self.journal: Journal | None = None
@@ -86,32 +107,54 @@ class Relay:
         legs.relay()
         cutter = self._begin(call) if not self.started else self._go_on(call)
         while True:
-            complete = call.complete
-            data = call.take()
+        self.moved = self._loop.time()
+            over, data = call.done, call.take()
             if cutter is not None:
                 data, self._tail = cutter(self._tail + data if self._tail else data)
-                if edit is not None and data:
+            if data:
+                self.moved, self._end = self._loop.time(), (self._end + data)[-len(DONE) :]
+                if edit is not None:
                     data = edit(data)
-            if complete:
-                answer.write(data + self._tail, more=False)
+            if over and self._is_whole(call):
+                answer.write(data if self._noted else data + self._tail, more=False)
                 return True
             if data:
                 answer.write(data, more=True)
                 if answer.paused:
                     await answer.drained()
-            if call.failure is not None and not call.chunks:
+                    self.moved = self._loop.time()
+            if over:
                 return False
             await pulse.wait()
 
     def broken(self, error: BatonError) -> None:
-        """The rest will not come: say so, or break off."""
-        if self.events:
-            self._answer.write(error_event(self._path, error), more=False)
-        else:
+    @property
+    def waits_for_client(self) -> bool:
+        return self._answer.paused
+
+        """The rest will not come: say so, in the worker's own words if it had some, or break off."""
+        if not self.events:
             self._answer.abort()
 
+        elif self._noted and self._tail.startswith(ERROR_EVENT) and self._tail.endswith(DONE):
+            self._answer.write(self._tail, more=False)
+        else:
+            self._answer.write(error_event(self._path, error), more=False)
+
+    @property
+    def _noted(self) -> bool:
+        """What the client has is known, and nothing else is passed on."""
+        return self.journal is not None and self.journal.kept
+
+    def _is_whole(self, call: Call) -> bool:
+        """The worker says no more: has it said all? A stream that says its own end needs no other, and one that does
+        not has none, whatever HTTP thinks."""
+        if not self.events or self._path not in ENDED_BY_DONE:
+            return call.complete
+        end = self._end if self._noted else self._end + self._tail
+        return end.rstrip().endswith(DONE.rstrip())
     def _begin(self, call: Call) -> Cutter | None:
-        self.started, self._timeline.first = True, asyncio.get_running_loop().time()
+        self.started, self._timeline.first = True, monotonic()
         self.events = is_event_stream(call)
         self._answer.start(call.status, self._reply_headers(call))
         seed = call.header(SEED)
@@ -133,21 +176,22 @@ class Relay:
 
 
 class Stall:
-    """Gives up a worker from which nothing comes for too long in the middle of its answer: one timer, moved only when
-    it fires."""
+    """Gives up a worker from which nothing comes for too long in the middle of its answer, or nothing that could be
+    passed on: one timer, moved only when it fires."""
 
-    __slots__ = ("_call", "_pulse", "_seconds", "_timer", "_wheel")
+    __slots__ = ("_call", "_pulse", "_relay", "_seconds", "_timer", "_wheel")
 
-    def __init__(self, legs: Legs, pulse: Pulse, wheel: Wheel, seconds: float) -> None:
-        self._call, self._pulse, self._wheel, self._seconds = legs.answer.call, pulse, wheel, seconds
+    def __init__(self, legs: Legs, relay: Relay, pulse: Pulse, wheel: Wheel, seconds: float) -> None:
+        self._call, self._relay, self._pulse, self._wheel = legs.answer.call, relay, pulse, wheel
+        self._seconds = seconds
         self._timer = wheel.call_later(seconds, self._look)
 
     def cancel(self) -> None:
         self._timer.cancel()
 
     def _look(self) -> None:
-        due = self._call.last + self._seconds
-        if self._call.paused or due > self._wheel.loop.time():
+        due = self._relay.moved + self._seconds
+        if self._relay.waits_for_client or due > self._wheel.loop.time():
             self._timer = self._wheel.call_at(max(due, self._wheel.loop.time() + 0.05), self._look)
         else:
             message = f"it sent nothing for {self._seconds:g} s in the middle of its answer"

@@ -187,6 +187,10 @@ class Call:
         else:
             self.failure = failure
 
+    def spoil(self, failure: Failure) -> None:
+        """It is complete, and not what was asked for."""
+        self.complete, self.failure = False, failure
+
     def _resume(self) -> None:
         if self._carrier is not None:
             self._carrier.resume()

@@ -17,6 +17,7 @@ import re
 from baton.base.errors import BatonError, TimedOut
 from baton.router.call import Call, Failure, Fault
 from baton.router.registry import Registry, Role, Worker
+from baton.router.sound import is_event_stream, is_sound
 
 DRAIN_SECONDS = 10.0
 HOLD_SECONDS = 1.0
@@ -127,6 +128,12 @@ class Leg:
             self._registry.succeeded(self.worker, now)
 
     @property
+            if status == 503:
+                self.doubt()
+
+    def doubt(self) -> None:
+        """The monitor is to have a look at the worker now."""
+        self._registry.doubted(self.worker)
     def status(self) -> int:
         return self.refused or self.call.status
 
@@ -138,7 +145,7 @@ class Leg:
 class Legs:
     """The calls of one attempt. Whoever made it reads `answer`, and at the end calls `cancel` in any case."""
 
-    __slots__ = ("_loop", "_pulse", "_timer", "answer", "eager", "lost", "receipt", "relaying")
+    __slots__ = ("_loop", "_pulse", "_timer", "answer", "eager", "lost", "receipt", "relaying", "strict")
 
     def __init__(self, pulse: Pulse, loop: asyncio.AbstractEventLoop, answer: Leg, receipt: Leg | None) -> None:
         self.answer = answer
@@ -149,6 +156,8 @@ class Legs:
         """Somebody reads both: ring at every piece of the answer, and when the receipt is full or over."""
         self.relaying = False
         """The client has seen a part of the answer: too late to lose the attempt."""
+        self.strict = False
+        """Replies are events or JSON; what is neither, or not all of it, is garbage."""
         self._pulse = pulse
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
@@ -167,6 +176,8 @@ class Legs:
         done = call.done
         if not self.relaying and self.lost is None and _is_error(call):
             self.answer.refused = _code(call.chunks[0])
+        if not self.relaying:
+            self._judge(call)
         if (call.failure is not None and not self.relaying) or self.answer.status >= 400:
             self._lose(self.answer)
         if done:
@@ -180,6 +191,7 @@ class Legs:
         assert receipt is not None
         if not self.begun and (call.failure is not None or call.status >= 400 or _refused(call)):
             self._lose(receipt)
+        self._judge(call)
         if call.paused and not self.eager:
             call.take()  # nobody reads it
         if call.done:
@@ -224,6 +236,10 @@ class Legs:
 
     def _answered(self, call: Call) -> None:
         receipt = self.receipt
+    def _judge(self, call: Call) -> None:
+        if self.strict and call.complete and not is_sound(call):
+            call.spoil(Failure(Fault.GARBAGE, "its reply is not, or not all of, what was asked for"))
+
         if receipt is None or receipt.call.done:
             return
         self._release()
@@ -260,11 +276,6 @@ class Legs:
     @staticmethod
     def _streams(call: Call) -> bool:
         return call.received > 0 and is_event_stream(call)
-
-
-def is_event_stream(call: Call) -> bool:
-    kind = call.header(b"content-type")
-    return kind is not None and kind.startswith(b"text/event-stream")
 
 
 def _is_error(call: Call) -> bool:
