@@ -44,6 +44,26 @@ class Deadline:
             self._task.cancel()
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds that a phase of an attempt may take before its answer begins."""
+
+    stage: float
+    slack: float
+    """Of what is long by nature: a plain answer, of which nothing comes until it is complete, and the queue of a worker
+    that does everything."""
+
+
+class Phase(enum.Enum):
+    """What is waited for; what did not come if it takes too long."""
+
+    PREFILL = "no first token"
+    DECODE = "no answer after the prefill"
+    WHOLE = "no answer"
+    ARRIVING = "an answer that began did not come in"
+    REFUSING = "nothing from a worker that refuses its checks"
+
+
 class Stage:
     """Gives up an attempt whose answer does not begin in time. It looks rarely: a phase may last half as long again."""
 
