@@ -230,7 +230,7 @@ class GatewayConfig:
     max_body_mb: float = option(8.0, "larger request bodies get 413")
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
     log_format: str = option("text", "of the log's lines", choices=("text", "json"))
-    log_requests: str = option(
+    request_log: str = option(
         "errors",
         "a line per finished request; errors: for those that failed, were repeated or went on elsewhere",
         choices=("none", "errors", "all"),

@@ -7,12 +7,14 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, cast
 
 from baton.base.config import GatewayConfig
-from baton.base.errors import BatonError
+from baton.base.errors import BatonError, ConfigError
 from baton.gateway import asgi, keys
+from baton.gateway.accesslog import AccessLog, Which
 from baton.gateway.admission import AdmissionLimits
 from baton.gateway.control import OPEN_PATHS, Control, new_request_id
 from baton.gateway.door import Answer, Inbound
@@ -22,11 +24,13 @@ from baton.gateway.journey import Patience
 from baton.gateway.keys import Identity
 from baton.gateway.metrics import Metrics
 from baton.gateway.models import ModelRoutes
-from baton.gateway.recorder import Recorder
+from baton.gateway.recorder import Recorder, Sink
 from baton.gateway.replies import RateLimited, error_body, error_headers, refuse
 from baton.gateway.roster import Roster
 from baton.gateway.timeline import Timeline
+from baton.gateway.trace import TRACEPARENT
 from baton.gateway.turnstile import Turnstile
+from baton.gateway.watch import Watch
 from baton.gateway.workers import WorkerRoutes
 from baton.router.call import Header
 from baton.router.health import Limits
@@ -34,6 +38,9 @@ from baton.router.legs import ClientGone, Pulse
 from baton.router.monitor import Rhythm
 from baton.router.planner import PlannerOptions, Split
 from baton.router.router import Router, RouterOptions
+
+if TYPE_CHECKING:
+    from baton.gateway.tracing import Tracer
 
 log = logging.getLogger("baton.gateway")
 
@@ -55,23 +62,34 @@ class Gateway:
         self._config = config
         self._keys = keys.load(config.api_key, config.admin_api_key, config.api_keys, os.environ)
         self._loop = asyncio.get_running_loop()
-        self.recorder = Recorder(self.metrics, self.router.planner.speeds, self._loop.time)
+        self._tracer = _tracer(config)
+        self.recorder = Recorder(self.metrics, self.router.planner.speeds, monotonic, _sinks(config, self._tracer))
+        self.turnstile = Turnstile(_admission_limits(config), self.router)
         self.roster = Roster(self.router)
         worker_key = keys.secret(config.worker_api_key, "worker_api_key", os.environ)
         workers = WorkerRoutes(self.router.registry, self.roster, worker_key, config.drain_timeout)
         self.control = Control(
-            self.router, self.metrics, [workers, ModelRoutes(self.router), ExplainRoutes(self.router, config)]
+            self.router,
+            self.metrics,
+            [
+                workers,
+                ModelRoutes(self.router),
+                ExplainRoutes(self.router, config),
+                Watch(self.router, self.recorder, self.turnstile),
+            ],
         )
         self._control = self.control.app()
         patience = Patience(config.stall_timeout, config.stage_timeout, config.worker_wait, config.retries)
         options = InferenceOptions(config.request_timeout, patience, worker_key)
-        self.turnstile = Turnstile(_admission_limits(config), self.router)
         self._inference = Inference(self.router, self.turnstile, self.metrics, options)
 
     async def close(self) -> None:
         self.turnstile.close()
+        self._inference.close()
         await self.roster.close()
         await self.router.close()
+        if self._tracer is not None:
+            self._tracer.close()
 
     async def __call__(self, inbound: Inbound, answer: Answer, pulse: Pulse) -> None:
         path = inbound.path
@@ -94,8 +112,10 @@ class Gateway:
         metrics, path = self.metrics, inbound.path
         request_id = _request_id(inbound.headers)
         timeline = Timeline(
-            request_id.decode("ascii"), path if path in PAIRED else "other", self._loop.time(), user=identity.name
+            request_id.decode("ascii"), path if path in PAIRED else "other", monotonic(), user=identity.name
         )
+        if self._tracer is not None:
+            timeline.trace = self._tracer.join(inbound.header(TRACEPARENT))
         self.recorder.began(timeline)
         try:
             if metrics.in_flight >= self._config.max_concurrent_requests:
@@ -114,7 +134,7 @@ class Gateway:
             finally:
                 metrics.in_flight -= 1
         finally:
-            timeline.finished = self._loop.time()
+            timeline.finished = monotonic()
             self.recorder.finished(timeline)
 
     def _identify(self, headers: Sequence[Header], path: str) -> Identity:
@@ -130,6 +150,25 @@ def _request_id(headers: Sequence[Header]) -> bytes:
         if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
             return value
     return new_request_id()
+
+
+def _tracer(config: GatewayConfig) -> Tracer | None:
+    """Raises `ConfigError` if it is wanted and cannot be had."""
+    if not config.otlp_endpoint:
+        return None
+    try:
+        from baton.gateway.tracing import tracer
+    except ImportError as error:
+        raise ConfigError("--otlp-endpoint needs OpenTelemetry; pip install 'baton-llm[otel]'") from error
+    return tracer(config.otlp_endpoint, monotonic)
+
+
+def _sinks(config: GatewayConfig, tracer: Tracer | None) -> Iterator[Sink]:
+    """Who wants every finished request."""
+    if config.request_log != "none":
+        yield AccessLog(cast(Which, config.request_log))
+    if tracer is not None:
+        yield tracer
 
 
 def _admission_limits(config: GatewayConfig) -> AdmissionLimits:

@@ -19,7 +19,7 @@ from baton.gateway.replies import error_body, error_headers
 from baton.router.registry import ROLES, Worker
 from baton.router.router import Router
 
-OPEN_PATHS = frozenset({"/health", "/liveness", "/readiness", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/liveness", "/readiness", "/metrics", "/dashboard"})
 """Need no API key."""
 PROXIED = ("/model_info", "/server_info", "/get_model_info", "/get_server_info")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import monotonic
 
 from baton.base.errors import BadRequest, BatonError
 from baton.base.timeout import REQUEST_TIMEOUT, allowance
@@ -108,7 +109,7 @@ class Inference:
         passed: Pass | None = None
         try:
             passed = await self._turnstile.enter(_claim(body, identity, deadline), identity, pulse)
-            timeline.admitted = self._loop.time()
+            timeline.admitted = monotonic()
             own += passed.headers
             headers = self._forwarded(inbound.headers, request_id, timeline.trace, journaled=body.stream)
             parcel = Parcel(inbound.target, headers, body)

@@ -19,6 +19,7 @@ import asyncio
 import logging
 import math
 from dataclasses import dataclass, replace
+from time import monotonic
 
 from baton.base.errors import Unavailable
 from baton.gateway.deadlines import Deadline, Limits, Stage

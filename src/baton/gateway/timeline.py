@@ -1,22 +1,22 @@
 """One request's life as the gateway saw it: marks, stamped once where things happen. Everything shown of it (header,
 metrics, spans, the dashboard's picture) is derived from these, and only when somebody looks (`baton.gateway.stages`).
 
-    received ─▶ admitted ─▶ sent ─▶ begun ─▶ ended ─▶ finished     times of the event loop's clock, in seconds;
-                            └─ once per attempt ─┘                 0.0: not yet
+    received ─▶ admitted ─▶ sent ─▶ begun ─▶ ended ─▶ finished     times of `time.monotonic` in seconds (the
+                            └─ once per attempt ─┘                 loop's clock is coarse); 0.0: not yet
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from baton.gateway.trace import Trace
 from baton.router.call import Header
 from baton.router.target import Target
 
 
-@dataclass(slots=True, eq=False)
-class Attempt:
+class Attempt(msgspec.Struct, eq=False):
     target: Target
     sent: float
     begun: float = 0.0
@@ -32,8 +32,7 @@ class Attempt:
     """It went on with a stream that another worker had begun."""
 
 
-@dataclass(slots=True, eq=False)
-class Timeline:
+class Timeline(msgspec.Struct, eq=False):
     id: str
     route: str
     """One of a fixed set, never the client's own text."""
@@ -53,6 +52,6 @@ class Timeline:
     """0 if the worker did not say."""
     error: str = ""
     """What the client was told went wrong."""
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: list[Attempt] = []
     trace: Trace | None = None
     """Set if it is traced."""

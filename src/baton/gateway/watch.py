@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from importlib import resources
 from itertools import islice
 
 import msgspec
@@ -14,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from baton.base.errors import BadRequest, NotFound
-from baton.gateway import views
+from baton.gateway import dashboard, views
 from baton.gateway.recorder import Recorder
 from baton.gateway.turnstile import Turnstile
 from baton.gateway.views import EngineView, Requests, Stats
@@ -30,13 +29,7 @@ STAGED = 256
 """Requests whose stages are averaged."""
 LIMIT, MOST = 50, 1000
 """Requests in a list, if not told otherwise, and at most."""
-HEADERS = {
-    "cache-control": "no-store",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-}
+HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 _encode = msgspec.json.Encoder().encode
 
 
@@ -136,8 +129,9 @@ class Watch:
         return _json(stats)
 
     async def dashboard(self, request: Request) -> Response:
-        page = resources.files("baton.gateway").joinpath("dashboard/index.html").read_bytes()
-        return Response(page, media_type="text/html", headers=HEADERS)
+        page = dashboard.page()
+        headers = {**HEADERS, "content-security-policy": page.policy}
+        return Response(page.html, media_type="text/html", headers=headers)
 
     async def _loads(self) -> dict[Worker, EngineView]:
         """How busy engines are, asked at most once in `LOADS_SECONDS` however many look."""
@@ -158,7 +152,7 @@ class Watch:
 
     @staticmethod
     def _now() -> tuple[float, float]:
-        return asyncio.get_running_loop().time(), time.time()
+        return time.monotonic(), time.time()
 
 
 def _json(value: msgspec.Struct) -> Response:
