@@ -19,7 +19,6 @@ import asyncio
 import logging
 import math
 from dataclasses import dataclass, replace
-from time import monotonic
 
 from baton.base.errors import Unavailable
 from baton.gateway.deadlines import Deadline, Limits, Stage
@@ -28,11 +27,11 @@ from baton.gateway.metrics import Metrics
 from baton.gateway.relay import Relay, Stall
 from baton.gateway.timeline import Attempt, Timeline
 from baton.gateway.turnstile import Pass
+from baton.router import splice
 from baton.router.ask import Ask
 from baton.router.call import Fault
 from baton.router.legs import Leg, LegFailed, Legs, Pulse, is_event_stream
 from baton.router.registry import Runtime, Worker
-from baton.router import splice
 from baton.router.router import NOBODY, Router
 from baton.router.target import Parcel, Target
 from baton.router.wheel import Wheel
@@ -48,14 +47,14 @@ RESUMES = 8
 """How often one stream may be continued."""
 BACKOFF = 0.05
 """Seconds before the first attempt with workers that have failed this request already; doubles."""
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
 RECHECK = 0.1
 """Seconds between looks at whether one of those has passed a check."""
 SLACK = 16.0
 """Times as long as usual, and as much as was allowed, a plain answer may take; doubles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
     """How long and how often."""
 
     stall: float
@@ -113,7 +112,7 @@ class Journey:
                 assert lost is not None
                 await self._pass_on(lost)
                 return
-            attempt = Attempt(target, monotonic(), resumed=self._relay.started)
+            attempt = Attempt(target, self._loop.time(), resumed=self._relay.started)
             self._timeline.attempts.append(attempt)
             self._parcel.timeout = self._deadline.header()
             legs = self._router.send(target, self._parcel, self._pulse)
@@ -130,7 +129,7 @@ class Journey:
                     return
             finally:
                 legs.cancel()
-                attempt.ended = monotonic()
+                attempt.ended = self._loop.time()
 
     async def _attempt(self, legs: Legs, attempt: Attempt) -> Leg | None:
         """None: answered. Else what was lost."""
@@ -141,7 +140,7 @@ class Journey:
             stage.cancel()
         lost = legs.lost
         if lost is None:
-            attempt.begun = monotonic()
+            attempt.begun = self._loop.time()
             self._passed.prefilled()
             lost = await self._deliver(legs)
         if lost is not None:
@@ -155,12 +154,12 @@ class Journey:
         """The answer has begun: pass it on. None: to its end. Else what was lost."""
         answer = legs.answer.call
         events = is_event_stream(answer)
+        if self._relay.started and not events:
+            return legs.answer  # it was asked to go on with a stream
         edit = None
         if self._parcel.body.merge and legs.receipt is not None:
             receipt = legs.receipt.call
             if not await self._collect(legs.receipt) or receipt.status >= 400:
-        if self._relay.started and not events:
-            return legs.answer  # it was asked to go on with a stream
                 return legs.receipt
             merger = Merger(self._parcel.body.merge, receipt.take(), stream=is_event_stream(receipt))
             if not events:
@@ -185,10 +184,6 @@ class Journey:
             await self._pulse.wait()
         return leg.call.complete
 
-    # --- the next attempt
-
-    async def _target(self, lost: Leg | None) -> Target | None:
-        """Where to send it; None if there is nowhere, and something was lost that the client can be told of."""
     def _limits(self) -> Limits:
         """Who waits for the last time waits as long as it takes."""
         stage = self._patience.stage
@@ -197,6 +192,10 @@ class Journey:
         usual = self._router.planner.speeds.duration(0.0, self._asked.body.max_tokens)
         return Limits(stage, stage + SLACK * 2**self._failures * usual)
 
+    # --- the next attempt
+
+    async def _target(self, lost: Leg | None) -> Target | None:
+        """Where to send it; None if there is nowhere, and something was lost that the client can be told of."""
         until = self._loop.time() + self._patience.workers
         while True:
             try:
@@ -212,10 +211,6 @@ class Journey:
                 else:
                     return None
 
-    def _plan(self, avoid: frozenset[Worker]) -> Target:
-        if not self._paired:
-            return self._router.plan_one(avoid)
-        runtime: Runtime = "baton" if self._relay.started else "auto"  # only our own workers can continue a stream
     def _forgive(self, lost: Leg, left: float) -> bool:
         """Better the same ones again than nobody: those that live and may do better the next time, or that have passed
         a check since. False if there are none. `left`: seconds there are to wait for better."""
@@ -229,6 +224,10 @@ class Journey:
             del self._avoid[worker]
         return bool(forgiven)
 
+    def _plan(self, avoid: frozenset[Worker]) -> Target:
+        if not self._paired:
+            return self._router.plan_one(avoid)
+        runtime: Runtime = "baton" if self._relay.started else "auto"  # only our own workers can continue a stream
         return self._router.plan(self._ask, self._parcel.body.model, avoid, runtime)
 
     async def _pause(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from time import monotonic
 from typing import Protocol
 
 from baton.base.errors import BatonError
@@ -39,10 +38,10 @@ DROPPED = frozenset(
 Edit = Callable[[bytes], bytes]
 USAGE_BYTES = 4096
 """At the end of a reply, where its usage stands."""
-MAX_EVENT = 1 << 20
 ENDED_BY_DONE = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
 """Routes whose streams say that they are over; of others only HTTP does."""
 ERROR_EVENT = b'data: {"error"'
+MAX_EVENT = 1 << 20
 """An unfinished event larger than this is passed on in pieces."""
 
 
@@ -77,12 +76,12 @@ class Relay:
         self._timeline = timeline
         self._tail = b""
         """The beginning of a piece whose end has not come."""
-        self.started = False
         self._end = b""
         """The last bytes that were passed on."""
         self._loop = asyncio.get_running_loop()
         self.moved = 0.0
         """Loop time when something was passed on last."""
+        self.started = False
         self.events = False
         """It is an event stream."""
         self.journal: Journal | None = None
@@ -106,8 +105,8 @@ class Relay:
         call, answer = legs.answer.call, self._answer
         legs.relay()
         cutter = self._begin(call) if not self.started else self._go_on(call)
-        while True:
         self.moved = self._loop.time()
+        while True:
             over, data = call.done, call.take()
             if cutter is not None:
                 data, self._tail = cutter(self._tail + data if self._tail else data)
@@ -127,15 +126,14 @@ class Relay:
                 return False
             await pulse.wait()
 
-    def broken(self, error: BatonError) -> None:
     @property
     def waits_for_client(self) -> bool:
         return self._answer.paused
 
+    def broken(self, error: BatonError) -> None:
         """The rest will not come: say so, in the worker's own words if it had some, or break off."""
         if not self.events:
             self._answer.abort()
-
         elif self._noted and self._tail.startswith(ERROR_EVENT) and self._tail.endswith(DONE):
             self._answer.write(self._tail, more=False)
         else:
@@ -153,8 +151,9 @@ class Relay:
             return call.complete
         end = self._end if self._noted else self._end + self._tail
         return end.rstrip().endswith(DONE.rstrip())
+
     def _begin(self, call: Call) -> Cutter | None:
-        self.started, self._timeline.first = True, monotonic()
+        self.started, self._timeline.first = True, self._loop.time()
         self.events = is_event_stream(call)
         self._answer.start(call.status, self._reply_headers(call))
         seed = call.header(SEED)

@@ -126,14 +126,14 @@ class Leg:
             self._registry.failed(self.worker, "status_5xx", now)
         elif fault is None:
             self._registry.succeeded(self.worker, now)
-
-    @property
             if status == 503:
                 self.doubt()
 
     def doubt(self) -> None:
         """The monitor is to have a look at the worker now."""
         self._registry.doubted(self.worker)
+
+    @property
     def status(self) -> int:
         return self.refused or self.call.status
 
@@ -154,10 +154,10 @@ class Legs:
         """The leg that failed first, before the answer began."""
         self.eager = False
         """Somebody reads both: ring at every piece of the answer, and when the receipt is full or over."""
-        self.relaying = False
-        """The client has seen a part of the answer: too late to lose the attempt."""
         self.strict = False
         """Replies are events or JSON; what is neither, or not all of it, is garbage."""
+        self.relaying = False
+        """The client has seen a part of the answer: too late to lose the attempt."""
         self._pulse = pulse
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
@@ -174,10 +174,10 @@ class Legs:
 
     def on_answer(self, call: Call) -> None:
         done = call.done
-        if not self.relaying and self.lost is None and _is_error(call):
-            self.answer.refused = _code(call.chunks[0])
         if not self.relaying:
             self._judge(call)
+        if not self.relaying and self.lost is None and _is_error(call):
+            self.answer.refused = _code(call.chunks[0])
         if (call.failure is not None and not self.relaying) or self.answer.status >= 400:
             self._lose(self.answer)
         if done:
@@ -189,9 +189,9 @@ class Legs:
     def on_receipt(self, call: Call) -> None:
         receipt = self.receipt
         assert receipt is not None
+        self._judge(call)
         if not self.begun and (call.failure is not None or call.status >= 400 or _refused(call)):
             self._lose(receipt)
-        self._judge(call)
         if call.paused and not self.eager:
             call.take()  # nobody reads it
         if call.done:
@@ -234,12 +234,12 @@ class Legs:
         if not answer.call.complete or self.lost is not None:
             self._stop_receipt()
 
-    def _answered(self, call: Call) -> None:
-        receipt = self.receipt
     def _judge(self, call: Call) -> None:
         if self.strict and call.complete and not is_sound(call):
             call.spoil(Failure(Fault.GARBAGE, "its reply is not, or not all of, what was asked for"))
 
+    def _answered(self, call: Call) -> None:
+        receipt = self.receipt
         if receipt is None or receipt.call.done:
             return
         self._release()

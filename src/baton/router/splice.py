@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -180,9 +181,9 @@ def single(body: Body) -> bytes:
 
 def members(body: Body) -> dict[str, msgspec.Raw]:
     """The client's fields, each as it was written, without `OURS` if these are the client's; of a JSON object."""
+    found = _OBJECT.decode(body.raw)
     if not body.claimed:
         return found
-    found = _OBJECT.decode(body.raw)
     for name in OURS:
         found.pop(name, None)
     if _smuggles(found.get("vllm_xargs", _UNSET)):
