@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import enum
 from dataclasses import dataclass
 
@@ -18,11 +17,10 @@ GRACE_SECONDS = 5.0
 class Deadline:
     """The end of a request: first told to whoever waits for a worker; then, if the client does not read, by force."""
 
-    __slots__ = ("_pulse", "_seconds", "_task", "_timer", "_wheel", "forced", "until")
+    __slots__ = ("_pulse", "_seconds", "_timer", "_wheel", "forced", "until")
 
     def __init__(self, pulse: Pulse, wheel: Wheel, seconds: float) -> None:
         self._pulse, self._wheel, self._seconds = pulse, wheel, seconds
-        self._task = asyncio.current_task()
         self.forced = False
         """The task was cancelled by us."""
         self.until = wheel.loop.time() + seconds
@@ -40,9 +38,10 @@ class Deadline:
         self._timer = self._wheel.call_later(GRACE_SECONDS, self._force)
 
     def _force(self) -> None:
-        if self._task is not None:
+        task = self._pulse.task
+        if task is not None:
             self.forced = True
-            self._task.cancel()
+            task.cancel()
 
 
 @dataclass(frozen=True, slots=True)

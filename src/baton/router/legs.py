@@ -34,7 +34,7 @@ SICK = frozenset({500, 501, 504, 505})
 class Pulse:
     """Wakes the one coroutine that looks after a request, whatever happened in its life."""
 
-    __slots__ = ("_loop", "_rung", "_waiter", "expired", "gone")
+    __slots__ = ("_loop", "_rung", "_waiter", "expired", "gone", "task")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -44,6 +44,8 @@ class Pulse:
         """The client has left."""
         self.expired = ""
         """Which deadline has passed."""
+        self.task: asyncio.Task[None] | None = None
+        """That coroutine's."""
 
     def ring(self) -> None:
         self._rung = True
