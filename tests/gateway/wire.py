@@ -11,7 +11,7 @@ from typing import cast
 
 from baton.gateway.bounds import Bounds
 from baton.gateway.door import Answer, Inbound
-from baton.gateway.process import bind
+from baton.gateway.listen import bind
 from baton.gateway.server import Server
 from baton.router.call import Header
 from baton.router.legs import ClientGone, Pulse

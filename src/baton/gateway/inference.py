@@ -9,7 +9,7 @@ from time import monotonic
 
 from baton.base.errors import BadRequest, BatonError
 from baton.base.timeout import REQUEST_TIMEOUT, allowance
-from baton.gateway import journal
+from baton.gateway import hops, journal
 from baton.gateway.admission import Claim
 from baton.gateway.deadlines import Deadline
 from baton.gateway.door import Answer, Inbound
@@ -149,11 +149,11 @@ class Inference:
         self, headers: Sequence[Header], request_id: bytes, trace: Trace | None, *, journaled: bool
     ) -> bytes:
         """The client's header lines that concern the worker, and ours."""
-        own = self._authorization
+        own, dropped = self._authorization, hops.dropped(NOT_FORWARDED, headers)
         lines = [
             b"%b: %b\r\n" % header
             for header in headers
-            if header[0] not in NOT_FORWARDED and not (own and header[0] == b"authorization")
+            if header[0] not in dropped and not (own and header[0] == b"authorization")
         ]
         lines.append(own)
         if trace is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from time import monotonic
 from typing import Protocol
 
 from baton.base.errors import BatonError
+from baton.gateway import hops
 from baton.gateway.door import Answer
 from baton.gateway.journal import SEED, Journal
 from baton.gateway.replies import DONE, error_event
@@ -153,7 +155,7 @@ class Relay:
         return end.rstrip().endswith(DONE.rstrip())
 
     def _begin(self, call: Call) -> Cutter | None:
-        self.started, self._timeline.first = True, self._loop.time()
+        self.started, self._timeline.first = True, monotonic()
         self.events = is_event_stream(call)
         self._answer.start(call.status, self._reply_headers(call))
         seed = call.header(SEED)
@@ -168,7 +170,8 @@ class Relay:
         return self.journal.pieces if self.journal is not None else cut
 
     def _reply_headers(self, call: Call) -> list[Header]:
-        headers = [header for header in call.headers if header[0] not in DROPPED]
+        dropped = hops.dropped(DROPPED, call.headers)
+        headers = [header for header in call.headers if header[0] not in dropped]
         headers += self._headers
         headers.append(server_timing(self._timeline))
         return headers
