@@ -6,15 +6,15 @@ Nothing behind it knows sockets, and nothing before it knows what is served.
 from __future__ import annotations
 
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
+
+import msgspec
 
 from baton.router.call import Header
 from baton.router.legs import Pulse
 
 
-@dataclass(frozen=True, slots=True)
-class Inbound:
+class Inbound(msgspec.Struct, frozen=True):
     """A request whose body has arrived."""
 
     method: str

@@ -18,7 +18,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from time import monotonic
+
+from msgspec.structs import replace
 
 from baton.base.errors import Unavailable
 from baton.gateway.deadlines import Deadline, Limits, Stage
@@ -30,7 +33,7 @@ from baton.gateway.turnstile import Pass
 from baton.router import splice
 from baton.router.ask import Ask
 from baton.router.call import Fault
-from baton.router.legs import Leg, LegFailed, Legs, Pulse, is_event_stream
+from baton.router.legs import Leg, LegFailed, Legs, Pulse
 from baton.router.registry import Runtime, Worker
 from baton.router.router import NOBODY, Router
 from baton.router.target import Parcel, Target
@@ -112,7 +115,7 @@ class Journey:
                 assert lost is not None
                 await self._pass_on(lost)
                 return
-            attempt = Attempt(target, self._loop.time(), resumed=self._relay.started)
+            attempt = Attempt(target, monotonic(), resumed=self._relay.started)
             self._timeline.attempts.append(attempt)
             self._parcel.timeout = self._deadline.header()
             legs = self._router.send(target, self._parcel, self._pulse)
@@ -129,7 +132,7 @@ class Journey:
                     return
             finally:
                 legs.cancel()
-                attempt.ended = self._loop.time()
+                attempt.ended = monotonic()
 
     async def _attempt(self, legs: Legs, attempt: Attempt) -> Leg | None:
         """None: answered. Else what was lost."""
@@ -140,7 +143,7 @@ class Journey:
             stage.cancel()
         lost = legs.lost
         if lost is None:
-            attempt.begun = self._loop.time()
+            attempt.begun = monotonic()
             self._passed.prefilled()
             lost = await self._deliver(legs)
         if lost is not None:
@@ -153,7 +156,7 @@ class Journey:
     async def _deliver(self, legs: Legs) -> Leg | None:
         """The answer has begun: pass it on. None: to its end. Else what was lost."""
         answer = legs.answer.call
-        events = is_event_stream(answer)
+        events = answer.events
         if self._relay.started and not events:
             return legs.answer  # it was asked to go on with a stream
         edit = None
@@ -161,7 +164,7 @@ class Journey:
             receipt = legs.receipt.call
             if not await self._collect(legs.receipt) or receipt.status >= 400:
                 return legs.receipt
-            merger = Merger(self._parcel.body.merge, receipt.take(), stream=is_event_stream(receipt))
+            merger = Merger(self._parcel.body.merge, receipt.take(), stream=receipt.events)
             if not events:
                 if not await self._collect(legs.answer):
                     return legs.answer

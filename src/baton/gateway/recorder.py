@@ -17,7 +17,7 @@ from baton.router.speeds import Speeds
 
 KEPT = 2048
 """Finished requests."""
-SAMPLES = 20.0
+SAMPLES = 5.0
 """Requests a second whose stages are looked at: all of them, if there are no more."""
 
 

@@ -16,7 +16,7 @@ from baton.gateway.timeline import Timeline
 from baton.gateway.timing import SERVER_TIMING, server_timing
 from baton.gateway.turnstile import completion_tokens
 from baton.router.call import Call, Failure, Fault, Header
-from baton.router.legs import Legs, Pulse, is_event_stream
+from baton.router.legs import Legs, Pulse
 from baton.router.wheel import Wheel
 
 DROPPED = frozenset(
@@ -156,7 +156,7 @@ class Relay:
 
     def _begin(self, call: Call) -> Cutter | None:
         self.started, self._timeline.first = True, monotonic()
-        self.events = is_event_stream(call)
+        self.events = call.events
         self._answer.start(call.status, self._reply_headers(call))
         seed = call.header(SEED)
         if seed is not None and self.events:

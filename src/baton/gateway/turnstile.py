@@ -129,5 +129,7 @@ class Turnstile:
 
 def completion_tokens(body: bytes) -> int | None:
     """What a whole reply says of its length, without parsing it; None if it says nothing."""
+    if b'"completion_tokens"' not in body:
+        return None
     found = COMPLETION_TOKENS.findall(body)
     return sum(map(int, found)) if found else None

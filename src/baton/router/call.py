@@ -69,6 +69,7 @@ class Call:
         "_paused",
         "chunks",
         "complete",
+        "events",
         "failure",
         "headers",
         "held",
@@ -83,6 +84,8 @@ class Call:
         self.request = b""
         self.notify = notify
         self.status = 0
+        self.events = False
+        """The reply is an event stream."""
         self.headers: list[Header] = []
         self.chunks: list[bytes] = []
         self.held = 0
@@ -165,6 +168,12 @@ class Call:
 
     def bind(self, carrier: Carrier) -> None:
         self._carrier = carrier
+
+    def begin(self, status: int) -> None:
+        """The head is there."""
+        self.status = status
+        kind = self.header(b"content-type")
+        self.events = kind is not None and kind.startswith(b"text/event-stream")
 
     def add(self, data: bytes) -> None:
         self.chunks.append(data)

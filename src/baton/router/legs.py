@@ -17,7 +17,7 @@ import re
 from baton.base.errors import BatonError, TimedOut
 from baton.router.call import Call, Failure, Fault
 from baton.router.registry import Registry, Role, Worker
-from baton.router.sound import is_event_stream, is_sound
+from baton.router.sound import is_sound
 
 DRAIN_SECONDS = 10.0
 HOLD_SECONDS = 1.0
@@ -277,12 +277,12 @@ class Legs:
 
     @staticmethod
     def _streams(call: Call) -> bool:
-        return call.received > 0 and is_event_stream(call)
+        return call.received > 0 and call.events
 
 
 def _is_error(call: Call) -> bool:
     """A stream that begins with a failure: nothing of the answer is there yet."""
-    return bool(call.chunks) and call.chunks[0].startswith(EVENT_ERRORS) and is_event_stream(call)
+    return bool(call.chunks) and call.chunks[0].startswith(EVENT_ERRORS) and call.events
 
 
 def _code(event: bytes) -> int:

@@ -9,15 +9,10 @@ from baton.router.call import Call
 _VALID = msgspec.json.Decoder(msgspec.Raw)
 
 
-def is_event_stream(call: Call) -> bool:
-    kind = call.header(b"content-type")
-    return kind is not None and kind.startswith(b"text/event-stream")
-
-
 def is_sound(call: Call) -> bool:
     """Of a good status: an event stream (whose end is looked after elsewhere), or whole JSON. What was taken out of the
     call already is not judged."""
-    if call.status >= 300 or is_event_stream(call) or call.held != call.received:
+    if call.status >= 300 or call.events or call.held != call.received:
         return True
     try:
         _VALID.decode(call.chunks[0] if len(call.chunks) == 1 else b"".join(call.chunks))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -70,8 +69,7 @@ _ALMOST_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[\[{]")
 """How an object begins in any encoding that a lenient parser finds out."""
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
+class Body(msgspec.Struct, frozen=True):
     """A request body and what was read from it."""
 
     raw: bytes
@@ -230,10 +228,14 @@ def _claimed(fields: _Fields) -> bool:
 
 
 def _prompt(fields: _Fields) -> bytes:
-    for raw in (fields.messages, fields.prompt, fields.text, fields.input_ids):
-        if raw is not _UNSET:
-            return bytes(raw)
-    return b""
+    raw = fields.messages
+    if raw is _UNSET:
+        raw = fields.prompt
+    if raw is _UNSET:
+        raw = fields.text
+    if raw is _UNSET:
+        raw = fields.input_ids
+    return b"" if raw is _UNSET else bytes(raw)
 
 
 def _sampling(raw: _Raw) -> tuple[Any, Any]:

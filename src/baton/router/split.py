@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from baton.router.ask import Ask
 
 
@@ -45,8 +47,7 @@ class Costs:
     request must be so many times faster."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """Divide or not, with the numbers it was made from; the sentence is made when somebody asks (`reason`)."""
 
     split: bool

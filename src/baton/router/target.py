@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from baton.router.legs import Leg, Legs, Pulse
 from baton.router.registry import Worker
@@ -11,8 +12,7 @@ from baton.router.splice import Body
 from baton.router.split import Decision
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """Who serves an attempt: a pair, or one worker that does everything (`prefill` None)."""
 
     answering: Worker
@@ -29,8 +29,7 @@ class Target:
         return "whole: there is nothing to decide" if self.prefill is None else "split: there is nothing to decide"
 
 
-@dataclass(slots=True)
-class Parcel:
+class Parcel(msgspec.Struct):
     """What is sent, whoever gets it."""
 
     path: str

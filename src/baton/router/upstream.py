@@ -167,7 +167,7 @@ class Connection(asyncio.Protocol):
             call.headers.clear()  # 100-continue, 103 early hints: the real head follows
             self._delimited = False
         else:
-            call.status = status
+            call.begin(status)
             if status in (204, 304):
                 self._delimited = True
 

@@ -11,8 +11,6 @@ from baton.router.registry import Registry
 from baton.router.splice import Body
 from baton.router.target import Parcel, Target, dispatch
 
-MAX_ROOM = 2**63
-
 
 class Native:
     def __init__(self, registry: Registry, loop: asyncio.AbstractEventLoop, random: Random) -> None:
@@ -34,4 +32,4 @@ class Native:
 
     def _rooms(self, body: Body) -> list[int]:
         """Fresh for every attempt; never 0, which SGLang's workers take for "no room"."""
-        return [self._random.randrange(1, MAX_ROOM) for _ in range(body.samples or 1)]
+        return [self._random.getrandbits(63) or 1 for _ in range(body.samples or 1)]

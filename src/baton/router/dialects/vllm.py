@@ -12,11 +12,12 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from baton.router import splice
 from baton.router.call import Failure
