@@ -182,10 +182,14 @@ def notice(text: str) -> None:
 
 
 def foreign(no_effect: Sequence[NoEffect] = NO_EFFECT, refused: Sequence[Refused] = REFUSED) -> Callable[[Any], Any]:
-    """A decorator that makes a command know options that are not ours: one line on stderr, or an error, for each."""
+    """A decorator that makes a command know options that are not ours: one line on stderr, or an error, for each. It
+    stands above the decorators that give the command its own options."""
 
     def decorate(function: Any) -> Any:
+        ours = {name for param in getattr(function, "__click_params__", ()) for name in param.opts}
         for name, is_switch, callback in (*_told(no_effect), *_refused(refused)):
+            if name in ours:
+                continue  # the command has an option of that name, which means the same
             option = click.option(name, is_flag=is_switch, hidden=True, expose_value=False, callback=callback)
             function = option(function)
         return function

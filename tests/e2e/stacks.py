@@ -144,7 +144,8 @@ def serve(model: Path | str, backend: str, directory: Path, *flags: str) -> Iter
         "--disaggregation-bootstrap-port",
         str(free_port()),
     )
-    command = [sys.executable, "-m", "baton", "serve", str(model), "--backend", backend, *ports, *flags]
+    split = ("--split", "always")  # the prompts of tests are so short that they would go whole
+    command = [sys.executable, "-m", "baton", "serve", str(model), "--backend", backend, *ports, *split, *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     stack = Stack(process, f"http://127.0.0.1:{port}", log)

@@ -52,7 +52,7 @@ def test_what_exceeds_the_bound_waits_and_nothing_is_lost() -> None:
         assert [reply.status_code for reply in await asyncio.gather(*asked)] == [200] * 6
         assert admission.waiting == admission.used.decode_sequences == admission.used.prefill_requests == 0
 
-    with_stack(RECEIPT, valve.behaviour(), check, max_decode_sequences=2)
+    with_stack(RECEIPT, valve.behaviour(), check, max_inflight_sequences=2)
 
 
 def test_higher_priorities_go_first_and_who_leaves_makes_room() -> None:
@@ -71,10 +71,12 @@ def test_higher_priorities_go_first_and_who_leaves_makes_room() -> None:
         await asyncio.gather(*asked, return_exceptions=True)
         assert valve.order == ["first", "high", "low"]
 
-    with_stack(RECEIPT, valve.behaviour(), check, max_decode_sequences=1)
+    with_stack(RECEIPT, valve.behaviour(), check, max_inflight_sequences=1)
 
 
-@pytest.mark.parametrize(("options", "reason"), [({"queue_size": 1}, "would wait"), ({"queue_timeout": 0.3}, "time in the queue")])
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"queue_size": 1}, "would wait"), ({"queue_timeout": 0.3}, "time in the queue")]
+)
 def test_who_cannot_wait_is_told_when_to_come_back(options: dict[str, float], reason: str) -> None:
     async def check(s: Stack) -> None:
         asked = [asyncio.ensure_future(s.post()) for _ in range(3)]
@@ -88,7 +90,7 @@ def test_who_cannot_wait_is_told_when_to_come_back(options: dict[str, float], re
             one.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
 
-    with_stack(hang, hang, check, max_decode_sequences=1, **options)
+    with_stack(hang, hang, check, max_inflight_sequences=1, **options)
 
 
 def test_a_key_has_its_limit_and_is_told_what_is_left(tmp_path: Path) -> None:
