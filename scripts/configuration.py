@@ -50,7 +50,7 @@ def row(field: dataclasses.Field[Any], kind: type) -> str:
 def default(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "" if value == "" else f"`{value}`"
+    return "" if value in ("", ()) else f"`{value}`"
 
 
 def meaning(field: dataclasses.Field[Any]) -> str:

@@ -81,6 +81,10 @@ def _option(
     common: dict[str, Any] = {"default": field.default, "show_default": True, "help": metadata["help"]}
     if kind is bool:
         declared = [f"{main}/--no-{main[2:]}", *spellings]
+    elif typing.get_origin(kind) is tuple:
+        declared = [main, *spellings]
+        common["multiple"] = True
+        common["show_default"] = False
     else:
         declared = [main, *spellings]
         common["type"] = click.Choice(metadata["choices"]) if metadata["choices"] else kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, cast
 
@@ -109,8 +110,11 @@ class _Connection(asyncio.Protocol):
 class Mock:
     """One worker. `seen` are the requests beside health and info, in order."""
 
-    def __init__(self, behave: Behaviour, info: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, behave: Behaviour, info: dict[str, Any] | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
         self.behave = behave
+        self.tls = tls
         self.info = info or {}
         self.health = 200
         self.frozen = False
@@ -125,7 +129,7 @@ class Mock:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'http' if self.tls is None else 'https'}://127.0.0.1:{self.port}"
 
     async def __aenter__(self) -> Mock:
         await self.start()
@@ -137,7 +141,7 @@ class Mock:
     async def start(self) -> None:
         """Listen; again at the same port after `stop`."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", self.port)
+        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", self.port, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:

@@ -19,9 +19,12 @@ def option(
     *,
     flags: tuple[str, ...] = (),
     choices: tuple[str, ...] | None = None,
+    secret: bool = False,
 ) -> Any:
-    """A field with what the command line needs: help, other spellings (SGLang's), allowed values."""
-    return dataclasses.field(default=default, metadata={"help": help, "flags": flags, "choices": choices})
+    """A field with what the command line needs: help, other spellings (SGLang's), allowed values. A secret is not shown
+    when the configuration is printed."""
+    metadata = {"help": help, "flags": flags, "choices": choices}
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
 def check_choices(config: Any) -> None:
@@ -143,7 +146,7 @@ class WorkerConfig:
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(30000, "port to listen on")
     served_model_name: str = option("", "model name in the API; empty: the model as given")
-    api_key: str = option("", "bearer token that requests must carry; empty: none")
+    api_key: str = option("", "bearer token that requests must carry; empty: none", secret=True)
     chat_template: str = option("", "Jinja file that replaces the model's chat template")
     tool_call_parser: str = option(
         "none",
@@ -164,11 +167,15 @@ class WorkerConfig:
         600.0, "seconds until an unfinished request is cut; the header x-request-timeout may allow less, not more"
     )
     max_body_mb: float = option(8.0, "larger request bodies get 413")
+    register: tuple[str, ...] = option((), "gateway that shall send requests here, http://HOST:PORT; may be repeated")
+    advertise_url: str = option("", "URL at which gateways reach this worker; empty: from --host and --port")
+    register_key: str = option("", "bearer token for the gateways' /workers; also @FILE", secret=True)
+    register_ttl: float = option(15.0, "seconds after which a gateway forgets this worker if it hears nothing of it")
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_positive(self, "request_timeout")
+        check_positive(self, "request_timeout", "register_ttl")
 
 
 POLICIES = (
@@ -189,10 +196,19 @@ class GatewayConfig:
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on")
-    api_key: str = option("", "bearer token that requests must carry; also BATON_API_KEY, @FILE; empty: none")
-    admin_api_key: str = option("", "key for /workers, /flush_cache and the like; also BATON_ADMIN_API_KEY, @FILE")
+    api_key: str = option(
+        "", "bearer token that requests must carry; also BATON_API_KEY, @FILE; empty: none", secret=True
+    )
+    admin_api_key: str = option(
+        "", "key for /workers, /flush_cache and the like; also BATON_ADMIN_API_KEY, @FILE", secret=True
+    )
     api_keys: str = option("", "TOML file of keys with roles and limits (docs/overload.md)")
-    worker_api_key: str = option("", "bearer token sent to workers; empty: the client's own header passes; also @FILE")
+    worker_api_key: str = option(
+        "", "bearer token sent to workers; empty: the client's own header passes; also @FILE", secret=True
+    )
+    tls_cert: str = option("", "PEM file of the certificate and its chain; empty: plain HTTP")
+    tls_key: str = option("", "PEM file of the certificate's key")
+    tls_client_ca: str = option("", "PEM file; clients must have a certificate that these authorities signed")
     policy: str = option("round_robin", "how workers are chosen", choices=POLICIES)
     prefill_policy: str = option("", "policy for prefill workers; empty: as --policy")
     decode_policy: str = option("", "policy for decode workers; empty: as --policy")
@@ -218,16 +234,16 @@ class GatewayConfig:
     breaker_failures: int = option(3, "failed requests in a row that take a worker out for a while")
     drain_timeout: float = option(30.0, "seconds that requests in progress may take when the gateway is told to stop")
     max_concurrent_requests: int = option(4096, "requests at once, waiting ones included; one more gets 429")
-    max_prefill_tokens: int = option(
-        131_072, "prompt tokens in flight per usable prefill worker; 0: unbounded"
-    )
-    max_prefill_requests: int = option(256, "requests in flight per usable prefill worker; 0: unbounded")
-    max_decode_sequences: int = option(256, "sequences in flight per usable decode worker; 0: unbounded")
+    max_inflight_prompt_tokens: int = option(131_072, "prompt tokens in flight per usable prefill worker; 0: unbounded")
+    max_inflight_prefills: int = option(256, "requests in flight per usable prefill worker; 0: unbounded")
+    max_inflight_sequences: int = option(256, "sequences in flight per usable decode worker; 0: unbounded")
     queue_size: int = option(1024, "requests that may wait; one more gets 429")
     queue_timeout: float = option(30.0, "seconds a request may wait; who would wait longer gets 429 at once")
     ttft_objective: float = option(0.0, "seconds; who would wait longer gets 429 at once; 0: none")
     priority_ageing: float = option(5.0, "seconds without a turn after which a lower priority has one")
     max_body_mb: float = option(8.0, "larger request bodies get 413")
+    processes: int = option(1, "processes that serve this port; limits and loads are per process")
+    reuse_port: bool = option(False, "share the port with another gateway, to take over from it without a gap")
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
     log_format: str = option("text", "of the log's lines", choices=("text", "json"))
     request_log: str = option(
@@ -239,6 +255,8 @@ class GatewayConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_positive(self, "request_timeout")
+        check_positive(self, "request_timeout", "processes")
+        if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_cert):
+            raise ConfigError("TLS wants both tls_cert and tls_key")
         if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise ConfigError(f"otlp_endpoint is {self.otlp_endpoint!r}; write http://HOST:PORT")

@@ -15,7 +15,7 @@ class HttpCheck:
     """Ready when a GET answers 200."""
 
     url: str
-    token: str = ""
+    token: str = field(default="", repr=False)
     """Bearer token to send; empty: none."""
 
 

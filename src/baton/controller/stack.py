@@ -118,7 +118,7 @@ def stack_specs(
         "gateway",
         GATEWAY,
         rundir.log("gateway"),
-        HttpCheck(f"{url_of(gateway.host, gateway.port)}/readiness", gateway.api_key),
+        HttpCheck(f"{url_of(gateway.host, gateway.port, tls=bool(gateway.tls_cert))}/readiness", gateway.api_key),
         {
             "config": gateway,
             "prefill": prefill,
@@ -130,10 +130,11 @@ def stack_specs(
     return [*specs, door]
 
 
-def url_of(host: str, port: int) -> str:
+def url_of(host: str, port: int, *, tls: bool = False) -> str:
     """Where a server that listens on `host` can be reached from this machine."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{reachable}]:{port}" if ":" in reachable else f"{scheme}://{reachable}:{port}"
 
 
 def _roles(allocation: Allocation) -> list[tuple[str, str]]:

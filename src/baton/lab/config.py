@@ -15,7 +15,7 @@ class BenchConfig:
 
     url: str = option("http://127.0.0.1:8000", "base URL of the server", flags=("--base-url",))
     model: str = option("", "model name to ask for; empty: the first of /v1/models")
-    api_key: str = option("", "bearer token to send; empty: none")
+    api_key: str = option("", "bearer token to send; empty: none", secret=True)
     endpoint: str = option(
         "completions",
         "completions: /v1/completions; chat: /v1/chat/completions; generate: SGLang's /generate",
