@@ -1,11 +1,13 @@
 """What a request costs in the gateway: CPU and requests/s before two mock workers, with the Rust routers beside it.
 
-    python benchmarks/router.py [--peers VENV] [--seconds 4] [--only baton]
+    python benchmarks/router.py [--peers VENV] [--seconds 4] [--rounds 2] [--only baton]
 
-Closed loop over 16 connections, one router after the other, in three cases: a short prompt answered whole, a prompt of
-2,000 words answered whole, a stream of 32 chunks. CPU is that of the router's processes (user + system), divided by the
-requests that were answered meanwhile. `--peers` is a virtual environment with sglang-router and vllm-router.
-Prints a table and, last, one JSON line.
+One router after the other, in rounds, in four cases: a short prompt answered whole, a prompt of 2,000 words answered
+whole, a stream of 32 chunks that come at once, a stream of 32 chunks 5 ms apart. First a closed loop over 16
+connections: requests per second, and CPU (user + system) of the router's processes per request. Then the same load for
+all, a fixed share of what the slowest of them could do, in an open loop: p50 and p99. `--peers` is a virtual
+environment with sglang-router and vllm-router. Prints a table and, last, one JSON line with the ratios to the better
+peer.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import cast
 
 import httptools
 import psutil
 import uvloop
+from http_load import closed, open_loop
 
 CHUNKS = 32
 CONNECTIONS = 16
@@ -54,18 +58,27 @@ class Case:
         return head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body
 
 
-CASES = (Case("short", 10, False), Case("long", 2000, False), Case("stream", 10, True))
+CASES = (
+    Case("short", 10, False),
+    Case("long", 2000, False),
+    Case("stream", 10, True),
+    Case("paced", 10, True, 5.0),
+)
+SHARE = 0.4
+"""Of what the slowest router can do, for the load that is the same for all."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
     router: str
     case: str
-    requests_per_second: float
-    p50_ms: float
-    p99_ms: float
-    cpu_us_per_request: float
-    errors: int
+    requests_per_second: float = 0.0
+    cpu_us_per_request: float = 0.0
+    rate: float = 0.0
+    """Requests per second of the open loop."""
+    p50_ms: float = 0.0
+    p99_ms: float = 0.0
+    errors: int = 0
 
 
 # --- mock workers: as little work per request as Python allows
@@ -149,56 +162,6 @@ async def mock(port: int, interval: float) -> None:
     await server.serve_forever()
 
 
-# --- load
-
-
-class Load(asyncio.Protocol):
-    """One connection that asks again as soon as it has been answered."""
-
-    def __init__(self, request: bytes, until: float, done: asyncio.Event) -> None:
-        self.request, self.until, self.done = request, until, done
-        self.times: list[float] = []
-        self.errors = 0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self.parser = httptools.HttpResponseParser(self)
-        self.ask()
-
-    def ask(self) -> None:
-        self.asked = time.perf_counter()
-        self.transport.write(self.request)
-
-    def data_received(self, data: bytes) -> None:
-        self.parser.feed_data(data)
-
-    def on_message_complete(self) -> None:
-        now = time.perf_counter()
-        if self.parser.get_status_code() == 200:
-            self.times.append(now - self.asked)
-        else:
-            self.errors += 1
-        if now >= self.until:
-            self.transport.close()
-        else:
-            self.ask()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if exc is not None:
-            self.errors += 1
-        self.done.set()
-
-
-async def load(port: int, case: Case, seconds: float) -> tuple[list[float], int]:
-    loop, request, until = asyncio.get_running_loop(), case.request(port), time.perf_counter() + seconds
-    ends = [asyncio.Event() for _ in range(CONNECTIONS)]
-    made = [await loop.create_connection(lambda end=end: Load(request, until, end), "127.0.0.1", port) for end in ends]
-    for end in ends:
-        await end.wait()
-    loads = [protocol for _, protocol in made]
-    return sorted(t for one in loads for t in one.times), sum(one.errors for one in loads)
-
-
 def cpu_seconds(process: psutil.Process) -> float:
     total = 0.0
     for one in (process, *process.children(recursive=True)):
@@ -208,16 +171,25 @@ def cpu_seconds(process: psutil.Process) -> float:
     return total
 
 
-def measure(router: str, process: psutil.Process, port: int, case: Case, seconds: float) -> Row:
-    uvloop.run(load(port, case, min(1.0, seconds)))
+def saturate(router: str, process: psutil.Process, port: int, case: Case, seconds: float) -> Row:
+    """As much as it can do."""
+    request = case.request(port)
+    uvloop.run(closed(port, request, CONNECTIONS, min(1.0, seconds)))
     before, started = cpu_seconds(process), time.perf_counter()
-    times, errors = uvloop.run(load(port, case, seconds))
+    result = uvloop.run(closed(port, request, CONNECTIONS, seconds))
     wall, cpu = time.perf_counter() - started, cpu_seconds(process) - before
-    count = max(1, len(times))
-    p50, p99 = (round(times[int(len(times) * q)] * 1e3, 2) if times else 0.0 for q in (0.5, 0.99))
-    return Row(
-        router, case.name, round(count / wall, 1), round(p50, 2), round(p99, 2), round(cpu / count * 1e6, 1), errors
-    )
+    count = max(1, len(result.times))
+    row = Row(router, case.name)
+    row.requests_per_second, row.cpu_us_per_request = round(count / wall, 1), round(cpu / count * 1e6, 1)
+    row.errors = result.errors
+    return row
+
+
+def serve_at(row: Row, port: int, case: Case, rate: float, seconds: float, seed: int) -> None:
+    """What its users see at a load that is the same for all."""
+    result = uvloop.run(open_loop(port, case.request(port), rate, seconds, seed))
+    row.rate, row.p50_ms, row.p99_ms = round(rate, 1), result.quantile(0.5), result.quantile(0.99)
+    row.errors += result.errors
 
 
 # --- routers
@@ -288,38 +260,87 @@ def answers(port: int, request: bytes) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def workers(interval_ms: float) -> Iterator[tuple[int, int]]:
+    """Ports of a prefill and a decode worker."""
+    get = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    me = [sys.executable, __file__, "--interval-ms", str(interval_ms), "--mock"]
+    prefill, decode = free_port(), free_port()
+    with running([*me, str(prefill)], prefill, get), running([*me, str(decode)], decode, get):
+        yield prefill, decode
+
+
+def round_of(case: Case, options: argparse.Namespace, rates: dict[str, float], seed: int) -> list[Row]:
+    """All routers in one case, one after the other: first what they can do, then all at the same load."""
+    rows, port = [], free_port()
+    with workers(case.interval_ms) as (prefill, decode):
+        found = commands(options.peers, port, prefill, decode)
+        chosen = {name: command for name, command in found.items() if options.only in (None, name)}
+        for name, command in chosen.items():
+            with running(command, port, CASES[0].request(port)) as process:
+                rows.append(saturate(name, process, port, case, options.seconds))
+        rate = rates.setdefault(case.name, SHARE * min(row.requests_per_second for row in rows))
+        for row, command in zip(rows, chosen.values(), strict=True):
+            with running(command, port, CASES[0].request(port)):
+                serve_at(row, port, case, rate, options.seconds, seed)
+    return rows
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """The median of the rounds, column by column."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.case, row.router), []).append(row)
+    merged = []
+    for (case, router), group in groups.items():
+        row = Row(router, case, errors=sum(one.errors for one in group))
+        for name in ("requests_per_second", "cpu_us_per_request", "rate", "p50_ms", "p99_ms"):
+            setattr(row, name, median(getattr(one, name) for one in group))
+        merged.append(row)
+    return merged
+
+
+def ratios(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """Ours to the better of the peers, by case: below 1 is cheaper, or sooner."""
+    found = {}
+    for ours in (row for row in rows if row.router == "baton"):
+        peers = [row for row in rows if row.case == ours.case and row.router != "baton"]
+        if peers:
+            found[ours.case] = {
+                name: round(getattr(ours, name) / max(1e-9, min(getattr(peer, name) for peer in peers)), 2)
+                for name in ("cpu_us_per_request", "p50_ms", "p99_ms")
+            }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="virtual environment with sglang-router and vllm-router")
     parser.add_argument("--seconds", type=float, default=4.0, help="of load per router and case")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", help="one router")
-    parser.add_argument("--interval-ms", type=float, default=0.0, help="between the chunks of a stream")
+    parser.add_argument("--case", help="one case: short, long, stream, paced")
     parser.add_argument("--mock", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--interval-ms", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.mock:
         uvloop.run(mock(options.mock, options.interval_ms / 1e3))
         return
-    me = [sys.executable, __file__, "--interval-ms", str(options.interval_ms), "--mock"]
-    prefill, decode, port = free_port(), free_port(), free_port()
-    get = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
-    rows = []
-    with running([*me, str(prefill)], prefill, get), running([*me, str(decode)], decode, get):
-        for name, command in commands(options.peers, port, prefill, decode).items():
-            if options.only in (None, name):
-                with running(command, port, CASES[0].request(port)) as process:
-                    rows += [measure(name, process, port, case, options.seconds) for case in CASES]
+    rows, rates = [], dict[str, float]()
+    for seed in range(options.rounds):
+        for case in CASES:
+            if options.case in (None, case.name):
+                rows += round_of(case, options, rates, seed)
+    rows = summary(rows)
     for row in rows:
         print(
-            f"{row.router:14} {row.case:7} {row.requests_per_second:8.0f} req/s  p50 {row.p50_ms:6.2f} ms  "
-            f"p99 {row.p99_ms:7.2f} ms  {row.cpu_us_per_request:7.1f} us CPU/request  {row.errors} errors"
+            f"{row.case:7} {row.router:14} {row.cpu_us_per_request:7.1f} us CPU/request  "
+            f"{row.requests_per_second:7.0f} req/s   at {row.rate:6.0f} req/s: p50 {row.p50_ms:6.2f} ms  "
+            f"p99 {row.p99_ms:7.2f} ms  {row.errors} errors"
         )
-    conditions = {
-        "connections": CONNECTIONS,
-        "chunks": CHUNKS,
-        "interval_ms": options.interval_ms,
-        "cores": os.cpu_count(),
-    }
-    print(json.dumps({"benchmark": "router", "conditions": conditions, "rows": [asdict(row) for row in rows]}))
+    conditions = {"connections": CONNECTIONS, "chunks": CHUNKS, "cores": os.cpu_count(), "rounds": options.rounds}
+    report = {"benchmark": "router", "conditions": conditions, "ratios": ratios(rows)}
+    print(json.dumps({**report, "rows": [asdict(row) for row in rows]}))
 
 
 if __name__ == "__main__":

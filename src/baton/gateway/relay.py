@@ -58,6 +58,8 @@ class Relay:
 
     __slots__ = (
         "_answer",
+        "_cutter",
+        "_edit",
         "_end",
         "_headers",
         "_loop",
@@ -80,6 +82,8 @@ class Relay:
         """The beginning of a piece whose end has not come."""
         self._end = b""
         """The last bytes that were passed on."""
+        self._cutter: Cutter | None = None
+        self._edit: Edit | None = None
         self._loop = asyncio.get_running_loop()
         self.moved = 0.0
         """Loop time when something was passed on last."""
@@ -105,28 +109,48 @@ class Relay:
         """A reply while it comes in; `edit` may change whole events. True: it is complete; False: the worker failed,
         and the client waits for the rest. Raises `ClientGone`, `TimedOut`."""
         call, answer = legs.answer.call, self._answer
-        legs.relay()
-        cutter = self._begin(call) if not self.started else self._go_on(call)
+        self._cutter = self._begin(call) if not self.started else self._go_on(call)
+        self._edit = edit
         self.moved = self._loop.time()
+        legs.relay(self._pass_on)  # pieces go on from where they come in, without waking anybody
         while True:
-            over, data = call.done, call.take()
-            if cutter is not None:
-                data, self._tail = cutter(self._tail + data if self._tail else data)
-            if data:
-                self.moved, self._end = self._loop.time(), (self._end + data)[-len(DONE) :]
-                if edit is not None:
-                    data = edit(data)
+            over = call.done
+            data = self._next(call)
             if over and self._is_whole(call):
                 answer.write(data if self._noted else data + self._tail, more=False)
                 return True
             if data:
                 answer.write(data, more=True)
-                if answer.paused:
-                    await answer.drained()
-                    self.moved = self._loop.time()
             if over:
                 return False
-            await pulse.wait()
+            if answer.paused:
+                legs.hold_back()
+                await answer.drained()
+                self.moved = self._loop.time()
+                legs.relay(self._pass_on)
+            else:
+                await pulse.wait()
+
+    def _pass_on(self, call: Call) -> bool:
+        """A piece that came. False: somebody must see to it that the client keeps up."""
+        data = self._next(call)
+        if data:
+            self._answer.write(data, more=True)
+        return not self._answer.paused
+
+    def _next(self, call: Call) -> bytes:
+        """What can be passed on."""
+        data = call.take()
+        if self._cutter is not None:
+            data, self._tail = self._cutter(self._tail + data if self._tail else data)
+        if data:
+            self.moved, self._end = (
+                call.last,
+                data[-len(DONE) :] if len(data) >= len(DONE) else (self._end + data)[-len(DONE) :],
+            )
+            if self._edit is not None:
+                data = self._edit(data)
+        return data
 
     @property
     def waits_for_client(self) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 
 from baton.base.errors import BatonError, TimedOut
 from baton.router.call import Call, Failure, Fault
@@ -144,10 +145,14 @@ class Leg:
         return self.call.failure.fault if self.call.failure is not None else None
 
 
+Sink = Callable[[Call], bool]
+"""Takes what has come in a call; False: that is all it can take for now."""
+
+
 class Legs:
     """The calls of one attempt. Whoever made it reads `answer`, and at the end calls `cancel` in any case."""
 
-    __slots__ = ("_loop", "_pulse", "_timer", "answer", "eager", "lost", "receipt", "relaying", "strict")
+    __slots__ = ("_loop", "_pulse", "_sink", "_timer", "answer", "eager", "lost", "receipt", "relaying", "strict")
 
     def __init__(self, pulse: Pulse, loop: asyncio.AbstractEventLoop, answer: Leg, receipt: Leg | None) -> None:
         self.answer = answer
@@ -160,6 +165,7 @@ class Legs:
         """Replies are events or JSON; what is neither, or not all of it, is garbage."""
         self.relaying = False
         """The client has seen a part of the answer: too late to lose the attempt."""
+        self._sink: Sink | None = None
         self._pulse = pulse
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
@@ -176,6 +182,10 @@ class Legs:
 
     def on_answer(self, call: Call) -> None:
         done = call.done
+        if self._sink is not None and not done:
+            if not self._sink(call):
+                self._pulse.ring()
+            return
         if not self.relaying:
             self._judge(call)
         if not self.relaying and self.lost is None and _is_error(call):
@@ -209,8 +219,15 @@ class Legs:
         while self.lost is None and not (call.done or call.paused or (self.begun and self._streams(call))):
             await self._pulse.wait()
 
-    def relay(self) -> None:
-        """The answer goes out to the client from now on."""
+    def hold_back(self) -> None:
+        """Nothing more is passed on for now."""
+        self._sink = None
+
+    def relay(self, sink: Sink) -> None:
+        """The answer goes out to the client from now on, piece by piece through `sink`."""
+        self._sink = sink
+        if self.relaying:
+            return
         self.relaying = True
         receipt = self.receipt
         if receipt is None or receipt.call.done:
