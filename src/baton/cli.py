@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import shlex
 import sys
 import time
@@ -32,7 +33,7 @@ class Door(click.Group):
     """Knows a command whose options are another room's, and imports that room only when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["serve", "worker", "gateway", "pull", "bench", "version"]
+        return ["serve", "worker", "gateway", "top", "pull", "bench", "version"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return _bench() if cmd_name == "bench" else super().get_command(ctx, cmd_name)
@@ -217,6 +218,20 @@ def pull(model_name: str) -> int:
     """Get a model into the cache, and print where it is."""
     click.echo(_fetch(model_name, "auto"))
     return 0
+
+
+@cli.command(cls=Command)
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="of the gateway")
+@click.option("--interval", default=1.0, show_default=True, type=click.FloatRange(min=0.1), help="seconds between looks")
+@click.option("--once", is_flag=True, help="print one picture, and end")
+@reporting
+def top(url: str, interval: float, once: bool) -> int:
+    """Watch a gateway: workers, latencies, requests. An API key is taken from BATON_ADMIN_API_KEY or BATON_API_KEY."""
+    from baton.gateway.keys import secret
+    from baton.gateway.top import run
+
+    key = secret("", "admin_api_key", os.environ) or secret("", "api_key", os.environ)
+    return run(url, key, once=once, interval=interval)
 
 
 @cli.command(cls=Command)

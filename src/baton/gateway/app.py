@@ -65,6 +65,7 @@ class Gateway:
         self._tracer = _tracer(config)
         self.recorder = Recorder(self.metrics, self.router.planner.speeds, monotonic, _sinks(config, self._tracer))
         self.turnstile = Turnstile(_admission_limits(config), self.router)
+        self.metrics.queued = lambda: self.turnstile.admission.waiting
         self.roster = Roster(self.router)
         worker_key = keys.secret(config.worker_api_key, "worker_api_key", os.environ)
         workers = WorkerRoutes(self.router.registry, self.roster, worker_key, config.drain_timeout)

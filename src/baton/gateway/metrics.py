@@ -25,6 +25,11 @@ def nothing() -> None:
     """Nobody has anything to add."""
 
 
+def nobody() -> int:
+    """Nobody waits."""
+    return 0
+
+
 class Histogram:
     """Seconds in buckets."""
 
@@ -55,6 +60,8 @@ class Metrics(Collector):
         """(role, kind)"""
         self.prompt_tokens = 0
         self.output_tokens = 0
+        self.queued: Callable[[], int] = nobody
+        """How many requests wait for a place."""
         self.settle: Callable[[], None] = nothing
         """Called before somebody scrapes: what has been put off is counted."""
         self._requests: dict[tuple[str, int], int] = {}
@@ -96,7 +103,7 @@ class Metrics(Collector):
         """One of the sample that is looked at closely."""
         for stage in stages:
             _of(self._stages, stage.name).observe(stage.seconds)
-        if timeline.first and timeline.output_tokens > 1:
+        if timeline.first and timeline.output_tokens > 1 and not timeline.error:
             histogram = self._token_times.setdefault(timeline.route, Histogram(TOKEN_SECONDS))
             histogram.observe((timeline.finished - timeline.first) / (timeline.output_tokens - 1))
 
@@ -118,6 +125,7 @@ class Metrics(Collector):
         yield _histogram("baton_gateway_request_seconds", "Seconds from request to end of answer", self._durations)
         yield _histogram("baton_gateway_ttft_seconds", "Seconds to the first byte of a stream", self._first_bytes)
         yield GaugeMetricFamily("baton_gateway_in_flight", "Requests in progress", value=self.in_flight)
+        yield GaugeMetricFamily("baton_gateway_queued", "Requests that wait for a place", value=self.queued())
         yield CounterMetricFamily("baton_gateway_cancelled", "Requests whose client left", value=self.cancelled)
         yield _histogram("baton_gateway_itl_seconds", "Mean seconds per token of a stream, sampled", self._token_times)
         yield _histogram("baton_gateway_stage_seconds", "Where the time went, sampled", self._stages, "stage")

@@ -89,7 +89,7 @@ class Recorder:
 
     def _digest(self, timeline: Timeline) -> None:
         self._metrics.staged(timeline, stages(timeline, timeline.finished))
-        if timeline.status == 200 and len(timeline.attempts) == 1:
+        if timeline.status == 200 and len(timeline.attempts) == 1 and not timeline.error:
             learn(self._speeds, timeline, timeline.attempts[0], self._clock())
 
 

@@ -124,7 +124,7 @@ def stages(timeline: Timeline, now: float) -> list[Stage]:
             continue
         if timeline.stream:
             walk.upto("decode", over)
-    walk.upto("reply", end)
+    walk.upto("resume" if started and attempts[-1].lost else "reply", end)
     return walk.stages
 
 
@@ -156,9 +156,12 @@ class _Walk:
         self.stages: list[Stage] = []
 
     def upto(self, name: str, end: float) -> None:
-        if end > self.at:
-            self.stages.append(Stage(name, end - self.at))
-            self.at = end
+        if end <= self.at:
+            return
+        seconds, self.at = end - self.at, end
+        if self.stages and self.stages[-1].name == name:
+            seconds += self.stages.pop().seconds
+        self.stages.append(Stage(name, seconds))
 
 
 def _begin(walk: _Walk, timeline: Timeline, attempt: Attempt) -> None:
@@ -192,7 +195,7 @@ def _worker_spans(timeline: Timeline, attempt: Attempt, number: int, over: float
     lane, begun = name(target.answering), attempt.begun or over
     zero = _zero(attempt, said) if attempt.begun and said.head else attempt.sent
     if target.prefill is not None:
-        yield from _prefilling(name(target.prefill), number, zero, marks(attempt.receipt), begun)
+        yield from _prefilling(name(target.prefill), number, attempt.sent, zero, marks(attempt.receipt), begun)
     if not said.head:
         yield Span("lost" if attempt.lost and not attempt.begun else "worker", lane, number, zero, begun, attempt.lost)
         first = begun
@@ -212,11 +215,12 @@ def _worker_spans(timeline: Timeline, attempt: Attempt, number: int, over: float
             yield Span("decode", lane, number, first, end, attempt.lost)
 
 
-def _prefilling(lane: str, number: int, zero: float, said: Marks, begun: float) -> Iterator[Span]:
+def _prefilling(lane: str, number: int, sent: float, zero: float, said: Marks, begun: float) -> Iterator[Span]:
+    """P has the request about when D has it, and is done with it before D's first token."""
     if not said.prefill:
         yield Span("prefill", lane, number, zero, begun, "it has not said more")
         return
-    at = zero
+    at = max(sent, min(zero, begun - said.queue - said.prefill - said.transfer))
     for step, seconds in (("queue", said.queue), ("prefill", said.prefill), ("transfer", said.transfer)):
         if seconds:
             yield Span(step, lane, number, at, at + seconds)

@@ -222,7 +222,8 @@ def ttft(timeline: Timeline) -> float | None:
 
 def itl(timeline: Timeline) -> float | None:
     """Mean seconds between tokens of a stream that is over, if its worker counts them."""
-    if not (timeline.stream and timeline.first and timeline.finished and timeline.output_tokens > 1):
+    over = timeline.stream and timeline.first and timeline.finished and not timeline.error
+    if not over or timeline.output_tokens < 2:
         return None
     return (timeline.finished - timeline.first) / (timeline.output_tokens - 1)
 
@@ -338,7 +339,7 @@ def series(finished: Sequence[Timeline], now: float) -> list[Point]:
 def mean_stages(finished: Sequence[Timeline]) -> list[StageView]:
     """Of requests that went well."""
     sums: dict[str, float] = {}
-    good = [timeline for timeline in finished if timeline.status == 200]
+    good = [timeline for timeline in finished if timeline.status == 200 and not timeline.error]
     for timeline in good:
         for stage in stages(timeline, timeline.finished):
             sums[stage.name] = sums.get(stage.name, 0.0) + stage.seconds

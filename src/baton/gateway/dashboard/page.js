@@ -140,6 +140,7 @@ function fill(row, request) {
 
 async function choose(id) {
   open = id;
+  history.replaceState(null, "", `#request=${encodeURIComponent(id)}`);
   await detail(id);
   if (!byId("detail").open) byId("detail").showModal();
 }
@@ -163,7 +164,10 @@ async function detail(id) {
 }
 
 byId("close").addEventListener("click", () => byId("detail").close());
-byId("detail").addEventListener("close", () => { open = ""; });
+byId("detail").addEventListener("close", () => {
+  open = "";
+  history.replaceState(null, "", location.pathname);
+});
 byId("door").addEventListener("submit", (event) => {
   event.preventDefault();
   key = byId("key").value.trim();
@@ -178,4 +182,7 @@ byId("pause").addEventListener("click", () => {
   else look();
 });
 document.addEventListener("visibilitychange", look);
-look();
+look().then(() => {
+  const [, wanted] = location.hash.split("#request=");
+  if (wanted && !byId("main").hidden) choose(decodeURIComponent(wanted));
+});

@@ -53,12 +53,23 @@ function gantt(detail) {
     const late = x(detail.ttft) > width - 140;
     make(svg, "text", { x: x(detail.ttft) + (late ? -5 : 5), y: 15, "text-anchor": late ? "end" : "start", class: "note" }, `first token ${span(detail.ttft)}`);
   }
-  for (const one of detail.tries.filter((one) => one.lost && one.ended !== null)) {
-    make(svg, "line", { x1: x(one.ended), x2: x(one.ended), y1: top - 4, y2: height - 26, class: "cut" });
-    const near = detail.ttft !== null && Math.abs(x(one.ended) - x(detail.ttft)) < 150;
-    make(svg, "text", { x: x(one.ended) - 4, y: near ? top + row - 3 : 15, "text-anchor": x(one.ended) > left + 120 ? "end" : "start", class: "cutnote" }, `✕ ${one.lost}`);
-  }
+  cuts(svg, detail, x, top, height - 26);
   return svg;
+}
+
+/** Where attempts were lost; what is near each other shares a note. */
+function cuts(svg, detail, x, top, bottom) {
+  const notes = [];
+  for (const one of detail.tries.filter((one) => one.lost && one.ended !== null)) {
+    const at = x(one.ended), last = notes[notes.length - 1];
+    make(svg, "line", { x1: at, x2: at, y1: top - 4, y2: bottom, class: "cut" });
+    if (last && at - last.at < 160) last.text += `, ${one.lost}`;
+    else notes.push({ at, text: one.lost });
+  }
+  for (const { at, text } of notes) {
+    const end = at > 600;
+    make(svg, "text", { x: at + (end ? -4 : 4), y: bottom - 3, "text-anchor": end ? "end" : "start", class: "cutnote" }, `✕ ${text}`);
+  }
 }
 
 function bar(svg, s, x, y, row) {
@@ -66,7 +77,7 @@ function bar(svg, s, x, y, row) {
   const group = make(svg, "g");
   make(group, "title", {}, `${WORDS[s.name] || s.name}: ${span(s.end - s.start)}${s.attempt ? `, attempt ${s.attempt}` : ""}${s.note ? `\n${s.note}` : ""}`);
   make(group, "rect", { x: at, y: y + 9, width, height: row - 18, rx: Math.min(5, width / 2), style: { fill: color(s.name) } });
-  const label = `${WORDS[s.name] ? s.name : s.name}`.replace("_", " ");
+  const label = s.name.replace("_", " ");
   if (width > label.length * 6.4 + 10) {
     make(group, "text", { x: at + width / 2, y: y + row / 2 + 4, "text-anchor": "middle", class: PALE.has(s.name) ? "in dark" : "in" }, label);
   }
