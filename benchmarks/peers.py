@@ -68,9 +68,18 @@ class Peers:
     openmp: bool = True
 
     def instance(
-        self, fleet: Fleet, name: str, cores: Sequence[int], *, role: str = "", side_port: int = 0, eager: bool = False
+        self,
+        fleet: Fleet,
+        name: str,
+        cores: Sequence[int],
+        *,
+        role: str = "",
+        side_port: int = 0,
+        eager: bool = False,
+        connector: str = "NixlConnector",
     ) -> Server:
-        """One vLLM server on these cores, one thread each. `role`: kv_producer or kv_consumer of a NIXL pair."""
+        """One vLLM server on these cores, one thread each. `role`: kv_producer or kv_consumer of a NIXL pair, which
+        has the same `connector` (NixlConnector: decode pulls; NixlPushConnector: prefill pushes)."""
         port = free_port()
         command = [
             str(self.vllm / "bin" / "vllm"), "serve", self.model, "--served-model-name", "bench",
@@ -91,7 +100,7 @@ class Peers:
         if eager:
             command.append("--enforce-eager")
         if role:
-            transfer = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
+            transfer = {"kv_connector": connector, "kv_role": role, "kv_buffer_device": "cpu"}
             command += ["--kv-transfer-config", json.dumps(transfer)]
             env |= {
                 "UCX_TLS": "tcp,self,sm",

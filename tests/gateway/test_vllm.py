@@ -311,6 +311,16 @@ def test_a_client_cannot_write_kv_transfer_params(path: str, written: str) -> No
     with_pairs(check)
 
 
+@pytest.mark.parametrize("xargs", ['{"a": "b\\n\\u00e9"}', '{"b": "kv_transfer_params"}', "{}"])
+def test_other_extra_arguments_pass(xargs: str) -> None:
+    async def check(s: Pairs) -> None:
+        reply = await s.client.post(COMPLETIONS, content=f'{{"prompt":"a","vllm_xargs":{xargs}}}')
+        assert reply.status_code == 200
+        assert s.p.seen[0].json["vllm_xargs"] == s.d.seen[0].json["vllm_xargs"] == json.loads(xargs)
+
+    with_pairs(check)
+
+
 @pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
 @pytest.mark.parametrize(
     "body",

@@ -213,7 +213,12 @@ def _smuggles(xargs: _Raw) -> bool:
     if xargs is _UNSET:
         return False
     raw = bytes(xargs)
-    return b"kv_transfer_params" in raw or b"\\" in raw
+    if b"kv_transfer_params" not in raw and b"\\u" not in raw:
+        return False
+    try:
+        return "kv_transfer_params" in _OBJECT.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return True
 
 
 def _claimed(fields: _Fields) -> bool:
