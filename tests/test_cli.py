@@ -147,8 +147,7 @@ def test_a_wrong_choice_is_answered_with_the_right_ones() -> None:
         (["serve", "--backend", "native(P:d1)"], "error: allocation: no D (decode) group"),
         (["serve", "smollm3"], 'error: unknown model "smollm3"; known: '),
         (["serve", "./nowhere"], "error: model directory ./nowhere does not exist\n"),
-        (["gateway"], "error: no workers; give --prefill URL"),
-        (["gateway", "--prefill", "http://a"], "error: --prefill without --decode"),
+        (["gateway", "--processes", "0"], "error: processes is 0; it must be greater than 0"),
         (["gateway", "--worker", "a:1"], 'error: worker "a:1" is no URL'),
     ],
 )

@@ -93,7 +93,7 @@ def cli() -> None:
     "--worker-port", default=default_of(WorkerConfig, "port"), show_default=True, cls=Option, section="Stack",
     help="workers listen on free ports from here upwards",
 )  # fmt: skip
-@config_options(GatewayConfig, "Gateway", skip=("worker_api_key",))
+@config_options(GatewayConfig, "Gateway", skip=("worker_api_key", "reuse_port"))
 @config_options(WorkerConfig, "Workers", only=WORKER_OPTIONS)
 @config_options(EngineConfig, "Engines", extra=NEGATIVES)
 @config_options(DisaggConfig, "Prefill and decode apart", skip=("mode", "bootstrap_host", "drain_timeout"))
@@ -200,13 +200,14 @@ def gateway(
     config = build(GatewayConfig, values)
     if bool(prefill) != bool(decode):
         here, missing = ("--prefill", "--decode") if prefill else ("--decode", "--prefill")
-        raise ConfigError(f"{here} without {missing}: prefill and decode workers work in pairs")
-    if not (prefill or regular):
-        raise ConfigError("no workers; give --prefill URL [PORT] and --decode URL, or --worker URL")
+        click.echo(f"notice: {here} without {missing}: such a worker is waited for (POST /workers)", err=True)
+    if not (prefill or decode or regular):
+        click.echo("notice: no workers yet; they register themselves (baton worker --register URL)", err=True)
     for url in [*(url for url, _ in prefill), *decode, *regular]:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f'worker "{url}" is no URL; write http://HOST:PORT')
-    require_free(config.host, config.port)
+    if not config.reuse_port:
+        require_free(config.host, config.port)
     resolve(GATEWAY)(config, list(prefill), list(decode), list(regular))
     return 0
 

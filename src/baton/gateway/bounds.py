@@ -35,6 +35,8 @@ class Bounds:
     linger: float = 2.0
     """How long a client that still writes is read on after a refusal: a close with unread bytes would be a reset, and
     it would never see why."""
+    parting: float = 1.0
+    """How long a connection that shall end is given for a last request, which may be on its way."""
     sweep: float = 1.0
     """How often all these are looked at."""
 

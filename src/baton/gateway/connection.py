@@ -135,7 +135,7 @@ class Connection(asyncio.Protocol):
     def answered(self, *, keep_alive: bool) -> None:
         """The present request is over."""
         self._answer = self._pulse = None
-        if not keep_alive or self.closing:
+        if not keep_alive:
             self._close()
         elif self._waiting:
             inbound, version, keep_alive = self._waiting.popleft()
@@ -273,8 +273,10 @@ class Connection(asyncio.Protocol):
             if self._answer is None and not self._unsent and waited > bounds.linger:
                 self._transport.abort()
         elif stage == "idle":
-            if self._answer is None and waited > bounds.keep_alive:
+            if self._answer is None and waited > (bounds.parting if self.closing else bounds.keep_alive):
                 self._close()
+        elif self.closing and stage == "head" and waited > bounds.parting:
+            self._close()
         elif self._paused:
             pass
         elif (
@@ -286,9 +288,11 @@ class Connection(asyncio.Protocol):
             self.refuse(Refusal(408, "request_timeout", f"the rest of the request did not come in {waited:.0f} s"))
 
     def finish(self) -> None:
-        """No further requests on this connection."""
+        """No further requests on this connection. Closed at once is what was idle for a while; others may be about to
+        send, or are sending: they are answered, and told that it was the last time."""
         self.closing = True
-        if self._answer is None and self._stage != "over":
+        waited = self._server.loop.time() - self._since
+        if self._answer is None and self._stage == "idle" and waited > self._server.bounds.parting:
             self._close()
 
     def refuse(self, refusal: Refusal) -> None:

@@ -12,13 +12,15 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from baton.base.config import GatewayConfig
-from baton.base.errors import BadRequest, ConfigError
-from baton.gateway import accesslog
+from baton.base.errors import ConfigError
+from baton.gateway import accesslog, tls
 from baton.gateway.app import Gateway
 from baton.gateway.bounds import Bounds
+from baton.gateway.listen import bind
+from baton.gateway.parent import Parent
+from baton.gateway.roster import Entry, Event
 from baton.gateway.server import Server
-from baton.router.registry import Description, Role
-from baton.router.router import Router
+from baton.router.origin import Origin
 
 log = logging.getLogger("baton.gateway")
 
@@ -32,41 +34,53 @@ async def serving(
 ) -> AsyncIterator[tuple[Gateway, Server, int]]:
     """A listening gateway inside the running loop: (gateway, server, port). Leaving the block lets requests in progress
     finish, for `drain_timeout` seconds at most. Raises `ConfigError` for unusable addresses."""
-    listener = bind(config.host, config.port)
-    gateway = Gateway(config)
+    listener = bind(config.host, config.port, reuse=config.reuse_port)
+    async with behind(listener, config, workers(prefill, decode, regular)) as (gateway, server):
+        yield gateway, server, listener.getsockname()[1]
+
+
+@contextlib.asynccontextmanager
+async def behind(
+    listener: socket.socket, config: GatewayConfig, events: Sequence[Event]
+) -> AsyncIterator[tuple[Gateway, Server]]:
+    """As `serving`, on a socket that is there already, which is closed at the end."""
     try:
-        _register(gateway.router, prefill, decode, regular)
-        server = Server(gateway, Bounds(body=int(config.max_body_mb * 2**20)))
+        gateway = Gateway(config)
         try:
-            await server.listen([listener])
-            yield gateway, server, listener.getsockname()[1]
+            for event in events:
+                gateway.roster.apply(event)
+            server = Server(gateway, Bounds(body=int(config.max_body_mb * 2**20)), tls.context(config))
+            try:
+                await server.listen([listener])
+                yield gateway, server
+            finally:
+                await server.close(config.drain_timeout)
         finally:
-            await server.close(config.drain_timeout)
+            await gateway.close()
     finally:
-        await gateway.close()
         listener.close()
 
 
 def run(config: GatewayConfig, prefill: list[tuple[str, int | None]], decode: list[str], regular: list[str]) -> None:
     """Serve until SIGINT or SIGTERM. Raises `ConfigError` for unusable addresses."""
     accesslog.configure(config.log_level, config.log_format)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_run(config, prefill, decode, regular))
+    entries = workers(prefill, decode, regular)
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(_run(config, entries) if config.processes == 1 else Parent(config, entries).run())
 
 
-async def _run(
-    config: GatewayConfig, prefill: list[tuple[str, int | None]], decode: list[str], regular: list[str]
-) -> None:
-    async with serving(config, prefill, decode, regular) as (_, server, port):
+async def _run(config: GatewayConfig, entries: Sequence[Entry]) -> None:
+    listener = bind(config.host, config.port, reuse=config.reuse_port)
+    async with behind(listener, config, entries) as (_, server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, server.stop)
-        log.info("gateway listens on http://%s:%d", config.host, port)
-        _settle()
+        log.info("gateway listens on %s://%s:%d", tls.scheme(config), config.host, listener.getsockname()[1])
+        settle()
         await server.stopped()
 
 
-def _settle() -> None:
+def settle() -> None:
     """For a process that serves from now on: what is there stays and need not be searched for garbage again, and there
     may be as many sockets as the system allows."""
     gc.collect()
@@ -76,40 +90,22 @@ def _settle() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises `ConfigError` if the address cannot be had."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}: {error.strerror or error}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(4096)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return listener
-
-
-def _register(
-    router: Router, prefill: Sequence[tuple[str, int | None]], decode: Sequence[str], regular: Sequence[str]
-) -> None:
-    workers: list[tuple[str, Role, int | None]] = [
-        *((url, "prefill", port) for url, port in prefill),
-        *((url, "decode", None) for url in decode),
-        *((url, "regular", None) for url in regular),
+def workers(prefill: Sequence[tuple[str, int | None]], decode: Sequence[str], regular: Sequence[str]) -> list[Entry]:
+    """Those who serve from the start. Raises `ConfigError` for addresses that are none, or twice there."""
+    entries = [
+        *(Entry(Origin.parse(url).url, "prefill", port) for url, port in prefill),
+        *(Entry(Origin.parse(url).url, "decode") for url in decode),
+        *(Entry(Origin.parse(url).url, "regular") for url in regular),
     ]
-    for url, role, port in workers:
-        try:
-            router.add(url, Description(role, port))
-        except BadRequest as error:
-            raise ConfigError(error.message) from error
+    urls: set[str] = set()
+    for entry in entries:
+        if entry.url in urls:
+            raise ConfigError(f"worker {entry.url} is given twice")
+        urls.add(entry.url)
+    return entries
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """uvloop where there is one; asyncio's own loop elsewhere."""
     try:
         import uvloop

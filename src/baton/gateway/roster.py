@@ -79,6 +79,8 @@ class Removal(msgspec.Struct, frozen=True, tag="removed"):
 
     url: str
     patience: float
+    instance: str = ""
+    """Which start of it; the next one is welcome."""
 
 
 Event: TypeAlias = Entry | Change | Removal
@@ -106,6 +108,7 @@ class Roster:
     def add(self, entry: Entry) -> tuple[Worker, bool]:
         """The worker, and whether it is new. Raises `ConfigError` if its URL is none, `BadRequest` if it is taken,
         `Removed` for the heartbeat of a worker that somebody removed."""
+        entry = msgspec.structs.replace(entry, url=Origin.parse(entry.url).url)
         worker, new = self._added(entry)
         self.told(entry)
         return worker, new
@@ -116,23 +119,22 @@ class Roster:
 
     def remove(self, worker: Worker, patience: float) -> None:
         """Begins it. What runs there is broken off after `patience` seconds."""
-        self._leave(worker, patience, remember=True)
-        self.told(Removal(worker.url, patience))
+        removal = Removal(worker.url, patience, worker.instance)
+        self._gone(removal)
+        self.told(removal)
 
     def apply(self, event: Event) -> None:
         """A change that began in another process. Raises nothing: that one has told whoever asked for it."""
         with contextlib.suppress(BatonError):
             if isinstance(event, Entry):
                 self._added(event)
-            elif (worker := self._router.registry.by_url(event.url)) is None:
-                return
-            elif isinstance(event, Change):
+            elif isinstance(event, Removal):
+                self._gone(event)
+            elif (worker := self._router.registry.by_url(event.url)) is not None:
                 self._changed(worker, event)
-            else:
-                self._leave(worker, event.patience, remember=True)
 
     def _added(self, entry: Entry) -> tuple[Worker, bool]:
-        url, about = Origin.parse(entry.url).url, entry.description()
+        url, about = entry.url, entry.description()
         if about.ttl is not None and self._removed.get(url) == about.instance:
             raise Removed(f"worker {url} was removed; restart it, or register it without ttl")
         self._removed.pop(url, None)
@@ -145,7 +147,7 @@ class Roster:
             return known, False
         if about.ttl is None or known.ttl is None:
             raise BadRequest(f"worker {url} is registered already as {known.role} worker; remove it first", param="url")
-        self._leave(known, 0.0, remember=False)  # it was restarted in another role
+        self._leave(known, 0.0)  # it was restarted in another role
         self._router.registry.remove(known, self._loop.time())
         return self._router.add(url, about), True
 
@@ -155,11 +157,16 @@ class Roster:
             self._stay(worker)
             self._router.renew(worker, Description(worker.role, ttl=change.ttl, instance=change.instance))
 
-    def _leave(self, worker: Worker, patience: float, *, remember: bool) -> None:
-        if remember:
-            self._removed[worker.url] = worker.instance
-            while len(self._removed) > REMEMBERED:
-                del self._removed[next(iter(self._removed))]
+    def _gone(self, removal: Removal) -> None:
+        self._removed.pop(removal.url, None)
+        self._removed[removal.url] = removal.instance
+        if len(self._removed) > REMEMBERED:
+            del self._removed[next(iter(self._removed))]
+        worker = self._router.registry.by_url(removal.url)
+        if worker is not None:
+            self._leave(worker, removal.patience)
+
+    def _leave(self, worker: Worker, patience: float) -> None:
         self._stay(worker)
         self._router.registry.drain(worker, self._loop.time())  # now, not when the task begins
         self._leaving[worker] = task = self._loop.create_task(self._router.remove(worker, patience))
@@ -182,5 +189,5 @@ class Roster:
         for worker in self._router.registry.workers:
             if worker.expires is not None and worker.expires < now and not worker.draining:
                 log.warning("%s worker %s has not been heard of for %g s", worker.role, worker.url, worker.ttl)
-                self._leave(worker, math.inf, remember=False)
+                self._leave(worker, math.inf)
         self._expiry = self._loop.call_later(EXPIRY_ROUND, self._expire)

@@ -41,6 +41,7 @@ class Server:
         self.refusals: dict[int, int] = {}
         """By status: answers to what was no request."""
         self._ssl = ssl_context
+        self._sockets: list[socket.socket] = []
         self._servers: list[asyncio.AbstractServer] = []
         self._connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -55,6 +56,7 @@ class Server:
         return len(self._connections)
 
     async def listen(self, sockets: Sequence[socket.socket]) -> None:
+        self._sockets += sockets
         for one in sockets:
             self._servers.append(
                 await self.loop.create_server(
@@ -81,8 +83,10 @@ class Server:
     async def close(self, patience: float) -> None:
         """Take nothing more; let requests finish, for `patience` seconds at most; then break them off. Idempotent."""
         self._closing = True
+        late = self._last_call()
         for server in self._servers:
             server.close()
+        await asyncio.gather(*late, return_exceptions=True)
         for connection in list(self._connections):
             connection.finish()
         if self._connections and self._stops < 2:
@@ -96,6 +100,20 @@ class Server:
                 task.cancel()
         if self._sweeper is not None:
             self._sweeper.cancel()
+
+    def _last_call(self) -> list[asyncio.Task[object]]:
+        """Clients that wait in the queue of a socket are reset when it is closed: let them in first."""
+        late: list[asyncio.Task[object]] = []
+        for listener in self._sockets:
+            with contextlib.suppress(OSError):
+                while True:
+                    client, _ = listener.accept()
+                    client.setblocking(False)
+                    late.append(self.loop.create_task(self._let_in(client)))
+        return late
+
+    async def _let_in(self, client: socket.socket) -> object:
+        return await self.loop.connect_accepted_socket(lambda: Connection(self), client, ssl=self._ssl)
 
     # --- for Connection
 

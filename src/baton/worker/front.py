@@ -30,6 +30,7 @@ from baton.base.clock import MonotonicClock
 from baton.base.config import DisaggConfig, EngineConfig, WorkerConfig
 from baton.base.errors import BadRequest, BatonError, ConfigError, NotFound, Unavailable
 from baton.worker.http import Guard
+from baton.worker.registrar import Card, Place, Registrar, secret
 from baton.worker.routes_generate import GenerateRoute
 from baton.worker.routes_info import InfoRoutes
 from baton.worker.state import FrontState
@@ -154,6 +155,8 @@ class Front:
             self._open_channel,
         )
         self._socket: socket.socket | None = None
+        self._registrar: Registrar | None = None
+        self._registering: asyncio.Task[None] | None = None
 
     @property
     def port(self) -> int:
@@ -166,10 +169,13 @@ class Front:
         self._socket = _listen(self.state.worker.host, self.state.worker.port)
         watches = [asyncio.create_task(self._cut_stalled()), asyncio.create_task(self._fail_unanswered())]
         try:
+            self._begin_to_register()
             await self._server.serve(sockets=[self._socket])
         finally:
-            for watch in watches:
+            for watch in (*watches, *([self._registering] if self._registering is not None else [])):
                 watch.cancel()
+            if self._registering is not None:
+                await asyncio.wait([self._registering])
             self.state.client.close(Unavailable("the worker is shutting down"))
             if self._engines is not None:
                 self._engines.close()
@@ -182,13 +188,41 @@ class Front:
         await self._listening.wait()
 
     def stop(self) -> None:
-        """Take no more, finish what is open; a second call does not wait."""
+        """Gateways that know us send no more; then take no more, finish what is open. A second call does not wait."""
         self._stops += 1
+        if self._registrar is None or self._stops > 1:
+            self._drain_now()
+            return
+        assert self._registering is not None
+        self._registering.cancel()
+        self._registering = asyncio.get_running_loop().create_task(self._registrar.leave())
+        self._registering.add_done_callback(lambda _: self._drain_now())
+
+    def _drain_now(self) -> None:
         self.state.draining = True
         self._server.should_exit = True
         patience = self._drain if self._stops == 1 else 0.0
         reason = Unavailable("the worker is shutting down")
         asyncio.get_running_loop().call_later(patience, self.state.client.fail_all, reason)
+
+    def _begin_to_register(self) -> None:
+        """Raises `ConfigError`."""
+        config = self.state.worker
+        if config.register:
+            place = Place(config.host, self.port, config.advertise_url.rstrip("/"))
+            self._registrar = Registrar(
+                config.register, place, secret(config.register_key), config.register_ttl, self._card
+            )
+            self._registering = asyncio.get_running_loop().create_task(self._registrar.run())
+
+    def _card(self, url: str) -> Card | None:
+        """Who we are, for gateways; once there has been an engine, its absence is what `/health` tells."""
+        ready, disagg = self.state.client.ready, self.state.disagg
+        if ready is None:
+            return None
+        role = "regular" if disagg.mode == "null" else disagg.mode
+        room = (ready.bootstrap_port or disagg.bootstrap_port) if role == "prefill" else None
+        return Card(url, role, room, ready.instance, self.state.worker.register_ttl)
 
     async def _open_channel(self) -> None:
         """The path appears when the channel is open, and ours alone."""

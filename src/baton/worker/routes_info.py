@@ -107,7 +107,7 @@ class InfoRoutes:
         state, ready = self._state, self._state.client.ready
         engine = dataclasses.asdict(state.engine)
         worker = dataclasses.asdict(state.worker)
-        worker.pop("api_key")
+        del worker["api_key"], worker["register_key"]
         disagg = {f"disaggregation_{key}": value for key, value in dataclasses.asdict(state.disagg).items()}
         learned = _learned(ready) if ready is not None else {}
         load = await state.client.load(LOAD_TIMEOUT)
