@@ -186,21 +186,24 @@ def leave(client: httpx.Client, body: dict[str, Any], after: float) -> None:
 
 
 def leaving(bench: Bench) -> dict[str, float]:
-    """Clients leave at all times of a request's life; prefill's lease never has to run out for them."""
+    """Clients leave at all times of a request's life; prefill's lease never has to run out for them, only for one that
+    is left behind on purpose."""
     expired = "vllm:nixl_num_kv_expired_reqs_total"
     before = series(bench.prefill.url).get(expired, 0.0)
     waits = (0.02, 0.1, 0.3, 0.6, 0.9, 1.2, 1.6, 2.0, 2.5, 3.0)
     for index, wait in enumerate(waits):
         prompt = f"Chapter {index}. {PROMPTS[4]}"
         leave(bench.gateway, question(CHAT, prompt, stream=bool(index % 2), max_tokens=200), wait)
+    left_behind = question(COMPLETIONS, f"On purpose. {PROMPTS[2]}", max_tokens=1)
+    left_behind["kv_transfer_params"] = {"do_remote_decode": True, "do_remote_prefill": False}
+    httpx.post(f"{bench.prefill.url}{COMPLETIONS}", json=left_behind, timeout=60).raise_for_status()
     time.sleep(LEASE_SECONDS + 6)
     texts(bench.gateway, CHAT, question(CHAT, "Are you there?"))  # makes prefill look at its leases, too
     time.sleep(2)
     now = series(bench.prefill.url)
-    left = now.get(expired, 0.0) - before
-    assert left == 0, f"{left} sets of blocks were left behind"
-    assert expired in now, "there is no such metric"
-    return {"left": len(waits), "leases run out": left, "cache in use": now["vllm:kv_cache_usage_perc"]}
+    left = now[expired] - before
+    assert left == 1, f"{left} sets of blocks were left behind"
+    return {"left": len(waits), "leases run out, with ours": left, "cache in use": now["vllm:kv_cache_usage_perc"]}
 
 
 def killed(bench: Bench) -> dict[str, Any]:

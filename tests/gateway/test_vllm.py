@@ -143,6 +143,19 @@ def test_prefill_then_decode_with_what_prefill_said(connector: str, stream: bool
     with_pairs(check, connector)
 
 
+def test_a_server_in_development_mode_is_known_too() -> None:
+    async def check(s: Pairs) -> None:
+        d = Decode(s.ledger)
+        d.development = True
+        async with d:
+            worker = s.gateway.router.add(d.url, Description("decode"))
+            await until(lambda: worker.healthy)
+            assert worker.runtime == s.worker(s.d).runtime == "vllm"
+            await s.gateway.router.remove(worker)
+
+    with_pairs(check)
+
+
 def test_what_each_leg_is_sent() -> None:
     body = (
         b'{"model": "m", "prompt":"abc" , "stream":true, "stream_options":{"include_usage":true}, "max_tokens": 77,'

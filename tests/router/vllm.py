@@ -68,9 +68,13 @@ class Server(Mock):
         self.ledger = ledger
         self.moods: list[Mood] = []
         """For the next requests, one each."""
+        self.development = False
+        """It says more of itself."""
 
     async def answer(self, exchange: Exchange) -> None:
-        if exchange.path in ("/server_info", "/get_server_info"):
+        if exchange.path == "/server_info" and self.development:
+            exchange.whole({"vllm_config": "VllmConfig(...)"})
+        elif exchange.path in ("/server_info", "/get_server_info"):
             exchange.whole({}, 404)
         elif exchange.path == "/version":
             exchange.whole({"version": "0.32.0"})

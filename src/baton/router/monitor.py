@@ -184,4 +184,6 @@ class Monitor:
 
 
 def _runtime(info: dict[str, Any]) -> Runtime:
+    if "vllm_config" in info:  # vLLM has this route in its development mode only
+        return "vllm"
     return "baton" if "instance" in info else "sglang"
