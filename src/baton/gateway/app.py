@@ -24,6 +24,7 @@ from baton.gateway.journey import Patience
 from baton.gateway.keys import Identity
 from baton.gateway.metrics import Metrics
 from baton.gateway.models import ModelRoutes
+from baton.gateway.openapi import OpenApi
 from baton.gateway.recorder import Recorder, Sink
 from baton.gateway.replies import RateLimited, error_body, error_headers, refuse
 from baton.gateway.roster import Roster
@@ -77,6 +78,7 @@ class Gateway:
                 ModelRoutes(self.router),
                 ExplainRoutes(self.router, config),
                 Watch(self.router, self.recorder, self.turnstile),
+                OpenApi(),
             ],
         )
         self._control = self.control.app()
@@ -174,9 +176,9 @@ def _sinks(config: GatewayConfig, tracer: Tracer | None) -> Iterator[Sink]:
 
 def _admission_limits(config: GatewayConfig) -> AdmissionLimits:
     return AdmissionLimits(
-        prefill_tokens=config.max_prefill_tokens,
-        prefill_requests=config.max_prefill_requests,
-        decode_sequences=config.max_decode_sequences,
+        prefill_tokens=config.max_inflight_prompt_tokens,
+        prefill_requests=config.max_inflight_prefills,
+        decode_sequences=config.max_inflight_sequences,
         queue_size=config.queue_size,
         queue_timeout=config.queue_timeout,
         ttft_objective=config.ttft_objective or math.inf,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 from starlette.requests import Request
@@ -18,6 +19,7 @@ from baton.router.ask import Ask
 from baton.router.router import Router
 from baton.router.splice import Body, Kind
 
+MAX_TOKENS = re.compile("[0-9]{1,18}")
 ROUTING_KEYS = ("x-baton-key", "x-smg-routing-key", "x-session-id")
 
 
@@ -37,7 +39,7 @@ class ExplainRoutes:
         query = request.query_params
         body: dict[str, Any] = {"model": query.get("model", ""), "prompt": query.get("prompt", "")}
         if "max_tokens" in query:
-            if not query["max_tokens"].isdigit():
+            if not MAX_TOKENS.fullmatch(query["max_tokens"]):
                 raise BadRequest("max_tokens is a number", param="max_tokens")
             body["max_tokens"] = int(query["max_tokens"])
         return self._explained(json.dumps(body).encode(), "completions", query.get("key", ""))
