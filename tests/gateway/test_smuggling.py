@@ -219,6 +219,27 @@ async def _send(client: Client, data: bytes, split: int) -> None:
 # --- what reaches a worker
 
 
+def test_another_spelling_of_a_path_opens_no_door() -> None:
+    """Neither to what only admins may do, nor past the check of fields that steer workers."""
+
+    async def main() -> None:
+        config = GatewayConfig(port=0, drain_timeout=1.0, api_key="user", admin_api_key="admin", retries=0)
+        async with Tap() as tap, serving(config, regular=[tap.url]) as (gateway, _, port):
+            await until(lambda: all(w.healthy for w in gateway.router.registry.workers))
+            key = b"Authorization: Bearer user"
+            for path in (b"/workers", b"/%77orkers", b"http://h/workers", b"/work%65rs/", b"/%66lush_cache"):
+                reply = await ask(port, post(key).replace(b"POST /v1/x", b"GET " + path))
+                assert reply.startswith(b"HTTP/1.1 403 "), path
+            body = b'{"prompt": "a", "bootstrap_host": "evil"}'
+            for path in (b"/v1/completions", b"/v1/%63ompletions", b"http://h/v1/completions?x"):
+                length = b"Content-Length: %d" % len(body)
+                await ask(port, post(key, length, body=body).replace(b"/v1/x", path))
+            assert len(tap.seen) == 3
+            assert all(one.target.startswith(b"/v1/completions") and b"evil" not in one.body for one in tap.seen)
+
+    run(main())
+
+
 def with_tap(check: Callable[[int, Tap, Gateway, Server], Awaitable[None]], tap: Tap | None = None) -> None:
     async def main() -> None:
         config = GatewayConfig(port=0, drain_timeout=1.0, health_interval=60.0, retries=0)

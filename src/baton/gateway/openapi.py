@@ -110,11 +110,15 @@ def _inference() -> Json:
     return {
         "/v1/completions": {"post": _op("/v1", "Complete a text", choices, body=completion, more=streams)},
         "/v1/chat/completions": {"post": _op("/v1", "Answer a conversation", choices, body=chat, more=streams)},
-        "/generate": {"post": _op("/", "SGLang's own format", {"anyOf": [OBJECT, many]}, body=generate, more=streams)},
-        "/tokenize": {
-            "post": _op("/", "Text to token ids", OBJECT, body=_body([], prompt=TEXT, messages=MESSAGES, model=TEXT))
+        "/generate": {
+            "post": _op("worker", "SGLang's own format", {"anyOf": [OBJECT, many]}, body=generate, more=streams)
         },
-        "/detokenize": {"post": _op("/", "Token ids to text", OBJECT, body=_body(["tokens"], tokens=TOKENS))},
+        "/tokenize": {
+            "post": _op(
+                "worker", "Text to token ids", OBJECT, body=_body([], prompt=TEXT, messages=MESSAGES, model=TEXT)
+            )
+        },
+        "/detokenize": {"post": _op("worker", "Token ids to text", OBJECT, body=_body(["tokens"], tokens=TOKENS))},
     }
 
 
@@ -188,8 +192,10 @@ def _op(
     also: dict[int, Json] | None = None,
 ) -> Json:
     """`result`: the schema of status 200, None: there is no JSON; `more`: other kinds of answers with status 200."""
-    name = "OpenAIError" if route == "/v1" else "Error"
-    responses: dict[int, Json] = {status: _reply(status, {"$ref": f"#/components/schemas/{name}"}) for status in errors}
+    error: Json = {"$ref": f"#/components/schemas/{'OpenAIError' if route == '/v1' else 'Error'}"}
+    if route == "worker":  # its own errors look like OpenAI's
+        error = {"anyOf": [error, {"$ref": "#/components/schemas/OpenAIError"}]}
+    responses: dict[int, Json] = {status: _reply(status, error) for status in errors}
     content = ({"application/json": {"schema": result}} if result is not None else {}) | (more or {})
     if content:
         responses[200] = {"description": MEANINGS[200], "content": content}
