@@ -16,7 +16,7 @@ from baton.gateway.door import Answer, Inbound
 from baton.gateway.journey import Journey, Patience
 from baton.gateway.keys import Identity
 from baton.gateway.metrics import Metrics
-from baton.gateway.relay import Relay
+from baton.gateway.relay import EXPLAIN, Relay
 from baton.gateway.replies import refuse
 from baton.gateway.timeline import Timeline
 from baton.gateway.trace import TRACEPARENT, Trace
@@ -53,6 +53,7 @@ NOT_FORWARDED = frozenset(
         b"trailer",
         b"transfer-encoding",
         b"upgrade",
+        b"x-baton-explain",
         b"x-baton-journal",
         b"x-override-bootstrap-host",
         b"x-override-bootstrap-port",
@@ -97,6 +98,7 @@ class Inference:
         request_id = timeline.id.encode("ascii")
         own: list[Header] = [(b"x-request-id", request_id)]
         relay = Relay(answer, inbound.path, own, timeline)
+        relay.explained = inbound.header(EXPLAIN) == b"1"
         try:
             seconds = allowance(inbound.header(REQUEST_TIMEOUT), self._options.request_timeout)
             body = splice.read(inbound.body, kind) if kind else splice.opaque(inbound.body)

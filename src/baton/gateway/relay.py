@@ -37,6 +37,8 @@ DROPPED = frozenset(
     }
 )
 """Headers that belong to one connection, or that the gateway says itself."""
+EXPLAIN, ROUTE = b"x-baton-explain", b"x-baton-route"
+"""A request with the first (`1`) gets the second."""
 Edit = Callable[[bytes], bytes]
 USAGE_BYTES = 4096
 """At the end of a reply, where its usage stands."""
@@ -67,6 +69,7 @@ class Relay:
         "_tail",
         "_timeline",
         "events",
+        "explained",
         "journal",
         "moved",
         "started",
@@ -92,6 +95,8 @@ class Relay:
         """It is an event stream."""
         self.journal: Journal | None = None
         """Set if the stream can be continued elsewhere."""
+        self.explained = False
+        """The client wants to know who answered, and why they were chosen."""
 
     @property
     def output_tokens(self) -> int | None:
@@ -198,7 +203,17 @@ class Relay:
         headers = [header for header in call.headers if header[0] not in dropped]
         headers += self._headers
         headers.append(server_timing(self._timeline))
+        if self.explained:
+            headers.append(_route(self._timeline))
         return headers
+
+
+def _route(timeline: Timeline) -> Header:
+    """Who was chosen, without their addresses, and why."""
+    target = timeline.attempts[-1].target
+    names = [target.answering.name] if target.prefill is None else [target.prefill.name, target.answering.name]
+    again = f"; attempt {len(timeline.attempts)}" if len(timeline.attempts) > 1 else ""
+    return ROUTE, f"{' '.join(names)}; {target.reason}{again}".encode("ascii", "replace")
 
 
 class Stall:
