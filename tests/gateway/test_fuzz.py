@@ -51,7 +51,7 @@ VALID = [
 ]
 WORDS = [
     b"\r\n", b"\n", b"\r", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b";", b",", b"%", b"%00", b"%2e%2e/", b"//",
-    b"#", b"?", b"0\r\n\r\n", b"ffffffffffffffff", b"0x", b"-1", b"+1", b"HTTP/1.0", b"HTTP/2.0", b"GET / HTTP/1.1\r\n", b"X: ",
+    b"#", b"?", b"0\r\n\r\n", b"ffffffffffffffff", b"0x", b"-1", b"+1", b"HTTP/1.0", b"HTTP/2.0", b"GET / HTTP/1.1\r\n",
     b"CONNECT ", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: identity\r\n",
     b"Connection: upgrade\r\nUpgrade: x\r\n", b"Connection: close\r\n", b"Host: [\r\n", b"Host: x\r\n", b" folded",
     b"Expect: 100-continue\r\n", b"\x80\xff", b"\x16\x03\x01", b"x" * 3000, b"X: y\r\n" * 30, b"{",

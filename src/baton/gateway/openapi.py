@@ -154,7 +154,7 @@ def _operation() -> Json:
         "/flush_cache": {"post": _op("/", "Forget cached prefixes, on all workers", _body(["success", "workers"]))},
         "/abort_request": {
             "post": _op(
-                "/", "Abort a request, on all workers", _body(["success", "workers"]),
+                "worker", "Abort a request, on all workers", _body(["success", "workers"]),
                 body=_body([], rid=TEXT, abort_all=FLAG),
             )
         },
