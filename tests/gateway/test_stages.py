@@ -170,8 +170,12 @@ def test_spans_show_who_did_what() -> None:
 
 
 def test_the_header_for_clients() -> None:
-    name, value = server_timing(timeline(attempt(100.003, 100.060, 0.0)))
-    assert name == b"server-timing"
-    assert value == b"gateway_queue;dur=2.000, route;dur=1.000, worker;dur=57.000, " + P_SAYS + b", " + D_SAYS
+    own, receipt = server_timing(timeline(attempt(100.003, 100.060, 0.0)))
+    assert own == (b"server-timing", b"gateway_queue;dur=2.000, route;dur=1.000, worker;dur=57.000")
+    assert receipt == (b"server-timing", P_SAYS)
     lost = attempt(100.003, 0.0, 100.1, lost="prefill refused")
-    assert b"retry;dur=207.000" in server_timing(timeline(lost, attempt(100.21, 100.26, 0.0)))[1]
+    assert b"retry;dur=207.000" in server_timing(timeline(lost, attempt(100.21, 100.26, 0.0)))[0][1]
+    early = attempt(100.003, 0.0, 0.0)
+    early.receipt = ()
+    [own] = server_timing(timeline(early))
+    assert own[1].endswith(b"worker;dur=0.000")

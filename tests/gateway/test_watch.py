@@ -82,8 +82,8 @@ def test_a_request_and_its_picture() -> None:
     async def check(s: Stack) -> None:
         reply = await s.post(json={"stream": True, "messages": [], "model": "<b>m</b>"})
         timing = reply.headers["server-timing"]
-        assert re.match(r"gateway_queue;dur=\d+\.\d{3}, route;dur=\d+\.\d{3}, worker;dur=\d+\.\d{3}, ", timing)
-        assert timing.endswith(D_SAYS.decode())
+        assert timing.startswith(D_SAYS.decode())
+        assert re.search(r", gateway_queue;dur=\d+\.\d{3}, route;dur=\d+\.\d{3}, worker;dur=\d+\.\d{3}", timing)
         id = reply.headers["x-request-id"]
         await until(lambda: len(s.gateway.recorder.recent) == 1)
         assert s.gateway.recorder.active == {}

@@ -13,7 +13,7 @@ from baton.gateway.door import Answer
 from baton.gateway.journal import SEED, Journal
 from baton.gateway.replies import DONE, error_event
 from baton.gateway.timeline import Timeline
-from baton.gateway.timing import SERVER_TIMING, server_timing
+from baton.gateway.timing import server_timing
 from baton.gateway.turnstile import completion_tokens
 from baton.router.call import Call, Failure, Fault, Header
 from baton.router.legs import Legs, Pulse
@@ -27,7 +27,6 @@ DROPPED = frozenset(
         b"keep-alive",
         b"proxy-authenticate",
         b"server",
-        SERVER_TIMING,
         b"te",
         b"trailer",
         b"transfer-encoding",
@@ -202,7 +201,7 @@ class Relay:
         dropped = hops.dropped(DROPPED, call.headers)
         headers = [header for header in call.headers if header[0] not in dropped]
         headers += self._headers
-        headers.append(server_timing(self._timeline))
+        headers += server_timing(self._timeline)
         if self.explained:
             headers.append(_route(self._timeline))
         return headers

@@ -1,5 +1,5 @@
-"""The header `Server-Timing` for clients: what the gateway knows when an answer's head goes out, then what the workers
-say of themselves, unread."""
+"""The header `Server-Timing` for clients: what the gateway knows when an answer's head goes out. What workers say of
+themselves stands beside it, in lines of its own."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from baton.router.call import Header
 SERVER_TIMING = b"server-timing"
 
 
-def server_timing(timeline: Timeline) -> Header:
-    """Of a request whose last attempt has begun to answer, or has failed."""
-    attempt, first = timeline.attempts[-1], timeline.attempts[0]
-    admitted = timeline.admitted
-    parts = [
-        b"gateway_queue;dur=%.3f, route;dur=%.3f"
-        % (1e3 * (admitted - timeline.received), 1e3 * (first.sent - admitted))
-    ]
-    if attempt is not first:
-        parts.append(b"retry;dur=%.3f" % (1e3 * (attempt.sent - first.sent)))
-    if attempt.begun:
-        parts.append(b"worker;dur=%.3f" % (1e3 * (attempt.begun - attempt.sent)))
-    parts += [value for name, value in attempt.receipt if name == SERVER_TIMING]
-    parts += [value for name, value in attempt.answer if name == SERVER_TIMING]
-    return SERVER_TIMING, b", ".join(parts)
+def server_timing(timeline: Timeline) -> list[Header]:
+    """The gateway's own stages, and what P says, if its receipt has come. The last attempt has begun to answer, or has
+    failed; the answering worker's header passes with its others."""
+    attempts = timeline.attempts
+    first, last, admitted = attempts[0], attempts[-1], timeline.admitted
+    queue, route = 1e3 * (admitted - timeline.received), 1e3 * (first.sent - admitted)
+    worker = 1e3 * (last.begun - last.sent) if last.begun else 0.0
+    value = b"gateway_queue;dur=%.3f, route;dur=%.3f, worker;dur=%.3f" % (queue, route, worker)
+    if last is not first:
+        value += b", retry;dur=%.3f" % (1e3 * (last.sent - first.sent))
+    headers = [(SERVER_TIMING, value)]
+    if last.receipt:
+        headers += [header for header in last.receipt if header[0] == SERVER_TIMING]
+    return headers
