@@ -272,9 +272,9 @@ def test_serve_prints_a_command_that_works_and_stops_on_ctrl_c(tmp_path: Path) -
 
 
 def test_the_command_to_paste_is_safe_in_a_shell() -> None:
-    words = shlex.split(curl("http://h:1", "it's", "a key"))
+    words = shlex.split(curl("http://h:1", "it's", key=True))
     assert words[:2] == ["curl", "http://h:1/v1/chat/completions"]
-    assert "Authorization: Bearer a key" in words
+    assert "Authorization: Bearer $BATON_API_KEY" in words
     assert json.loads(words[-1])["model"] == "it's"
 
 

@@ -83,6 +83,7 @@ def cli() -> None:
 
 
 @cli.command(cls=ServerCommand)
+@foreign()
 @click.argument("model_name", metavar="[MODEL]", required=False)
 @click.option(
     "--backend", default=DEFAULT_BACKEND, show_default=True, cls=Option, section="Stack",
@@ -93,11 +94,10 @@ def cli() -> None:
     "--worker-port", default=default_of(WorkerConfig, "port"), show_default=True, cls=Option, section="Stack",
     help="workers listen on free ports from here upwards",
 )  # fmt: skip
-@config_options(GatewayConfig, "Gateway", skip=("worker_api_key", "reuse_port"))
+@config_options(GatewayConfig, "Gateway", skip=("worker_api_key", "reuse_port", "tls_client_ca"))
 @config_options(WorkerConfig, "Workers", only=WORKER_OPTIONS)
 @config_options(EngineConfig, "Engines", extra=NEGATIVES)
 @config_options(DisaggConfig, "Prefill and decode apart", skip=("mode", "bootstrap_host", "drain_timeout"))
-@foreign()
 @reporting
 def serve(model_name: str | None, backend: str, worker_port: int, **values: Any) -> int:
     """Start workers and a gateway on this machine, and keep them running.
@@ -109,6 +109,7 @@ def serve(model_name: str | None, backend: str, worker_port: int, **values: Any)
     from baton.controller.display import Display
     from baton.controller.resources import require_free
     from baton.controller.run import run_stack
+    from baton.gateway.keys import secret
 
     begun = time.monotonic()
     allocation = parse(backend)
@@ -117,6 +118,7 @@ def serve(model_name: str | None, backend: str, worker_port: int, **values: Any)
         tell_gpu_only()
     engine, directory, served = _model(model_name, values)
     port = require_free(values["host"], values["port"])
+    values["api_key"] = secret(values["api_key"], "api_key", os.environ)
     gateway = dataclasses.replace(build(GatewayConfig, values), port=port, worker_api_key=values["api_key"])
     front = dataclasses.replace(
         build(WorkerConfig, values), host="127.0.0.1", port=worker_port, served_model_name=served
@@ -125,9 +127,9 @@ def serve(model_name: str | None, backend: str, worker_port: int, **values: Any)
     workers = stack.plan_workers(allocation, front, engine, disagg, machine)
 
     def ready() -> None:
-        url = stack.url_of(gateway.host, gateway.port)
+        url = stack.url_of(gateway.host, gateway.port, tls=bool(gateway.tls_cert))
         click.echo(f"{served} is ready at {url} after {time.monotonic() - begun:.1f} s. Try:\n")
-        click.echo(curl(url, served, gateway.api_key) + "\n")
+        click.echo(curl(url, served, key=bool(gateway.api_key)) + "\n")
 
     return run_stack(
         lambda rundir: stack.stack_specs(workers, gateway, directory, rundir), Display(ready), preload=stack.PRELOAD
@@ -135,10 +137,10 @@ def serve(model_name: str | None, backend: str, worker_port: int, **values: Any)
 
 
 @cli.command(cls=ServerCommand)
+@foreign()
 @config_options(WorkerConfig, "Front")
 @config_options(EngineConfig, "Engine", extra=NEGATIVES)
 @config_options(DisaggConfig, "Prefill and decode apart")
-@foreign()
 @reporting
 def worker(**values: Any) -> int:
     """Run one worker: an HTTP front with its engine, undivided or of one role."""
@@ -261,12 +263,12 @@ def _bench() -> click.Command:
     return bench
 
 
-def curl(url: str, model: str, api_key: str = "") -> str:
-    """A chat request to paste into a shell."""
+def curl(url: str, model: str, *, key: bool = False) -> str:
+    """A chat request to paste into a shell. A key is not shown: what we print may end in somebody's log."""
     message = {"role": "user", "content": "Why is the sky blue?"}
     body = json.dumps({"model": model, "messages": [message]})
-    key = f" -H {shlex.quote(f'Authorization: Bearer {api_key}')}" if api_key else ""
-    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+    header = ' -H "Authorization: Bearer $BATON_API_KEY"' if key else ""
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} -d {shlex.quote(body)}"
 
 
 def _model(name: str | None, values: dict[str, Any]) -> tuple[EngineConfig, Path, str]:
