@@ -179,3 +179,16 @@ def test_the_header_for_clients() -> None:
     early.receipt = ()
     [own] = server_timing(timeline(early))
     assert own[1].endswith(b"worker;dur=0.000")
+
+
+def test_the_time_between_tokens_is_one_sequences() -> None:
+    one = timeline(attempt(100.0, 100.5, 100.9), finished=101.0)
+    one.output_tokens = 11
+    assert one.token_seconds() == pytest.approx(0.05)
+    one.output_tokens, one.sequences = 22, 2
+    assert one.token_seconds() == pytest.approx(0.05)
+    one.error = "it broke off"
+    assert one.token_seconds() == 0.0
+    short = timeline(attempt(100.0, 100.5, 100.9))
+    short.output_tokens = 1
+    assert short.token_seconds() == 0.0

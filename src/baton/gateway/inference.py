@@ -107,6 +107,7 @@ class Inference:
             refuse(answer, inbound.path, error, own)
             return
         timeline.stream, timeline.model, timeline.prompt_tokens = body.stream, body.model, body.prompt_tokens
+        timeline.sequences = body.samples or 1
         deadline = Deadline(pulse, self._wheel, seconds)
         passed: Pass | None = None
         try:

@@ -103,9 +103,9 @@ class Metrics(Collector):
         """One of the sample that is looked at closely."""
         for stage in stages:
             _of(self._stages, stage.name).observe(stage.seconds)
-        if timeline.first and timeline.output_tokens > 1 and not timeline.error:
-            histogram = self._token_times.setdefault(timeline.route, Histogram(TOKEN_SECONDS))
-            histogram.observe((timeline.finished - timeline.first) / (timeline.output_tokens - 1))
+        between = timeline.token_seconds()
+        if between:
+            self._token_times.setdefault(timeline.route, Histogram(TOKEN_SECONDS)).observe(between)
 
     def leg_error(self, role: str, kind: str) -> None:
         self.leg_errors[role, kind] = self.leg_errors.get((role, kind), 0) + 1

@@ -106,5 +106,6 @@ def learn(speeds: Speeds, timeline: Timeline, attempt: Attempt, now: float) -> N
     elif said.prefill and target.answering.role == "decode":
         speeds.prefilled_locally(target.uncached, said.prefill, now)
     seconds = timeline.finished - timeline.first if timeline.stream else said.decode
-    if timeline.output_tokens > 1 and seconds > 0:
-        speeds.decoded(timeline.output_tokens - 1, seconds, now)
+    tokens = timeline.output_tokens // timeline.sequences
+    if tokens > 1 and seconds > 0:
+        speeds.decoded(tokens - 1, seconds, now)

@@ -48,10 +48,19 @@ class Timeline(msgspec.Struct, eq=False):
     stream: bool = False
     prompt_tokens: int = 0
     """Estimated."""
+    sequences: int = 1
+    """Prompts times samples."""
     output_tokens: int = 0
-    """0 if the worker did not say."""
+    """Of all sequences; 0 if the worker did not say."""
     error: str = ""
     """What the client was told went wrong."""
     attempts: list[Attempt] = []
     trace: Trace | None = None
     """Set if it is traced."""
+
+    def token_seconds(self) -> float:
+        """Mean time between tokens of one sequence, in a stream that came to its end; 0.0 if that is not known."""
+        tokens = self.output_tokens / self.sequences
+        if not (self.stream and self.first and self.finished) or self.error or tokens <= 1:
+            return 0.0
+        return (self.finished - self.first) / (tokens - 1)

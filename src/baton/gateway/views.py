@@ -222,10 +222,7 @@ def ttft(timeline: Timeline) -> float | None:
 
 def itl(timeline: Timeline) -> float | None:
     """Mean seconds between tokens of a stream that is over, if its worker counts them."""
-    over = timeline.stream and timeline.first and timeline.finished and not timeline.error
-    if not over or timeline.output_tokens < 2:
-        return None
-    return (timeline.finished - timeline.first) / (timeline.output_tokens - 1)
+    return timeline.token_seconds() or None
 
 
 def _workers(attempts: Sequence[Attempt]) -> list[str]:
