@@ -147,3 +147,16 @@ def test_users_use_and_admins_manage(tmp_path: Path) -> None:
         assert (await s.post()).status_code == 401
 
     with_stack(RECEIPT, whole(USAGE), check, api_key="user", admin_api_key="boss")
+
+
+@pytest.mark.parametrize("framing", [b"content-length: 1000000", b"transfer-encoding: chunked"])
+def test_without_a_key_no_large_body_is_even_read(framing: bytes) -> None:
+    async def check(s: Stack) -> None:
+        head = b"POST %b HTTP/1.1\r\nhost: x\r\n%b\r\n" % (CHAT.encode(), framing)
+        for key, status in ((b"wrong", b"401"), (b"secret", b"100")):
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(s.url.rsplit(":", 1)[1]))
+            writer.write(head + b"authorization: Bearer %b\r\nexpect: 100-continue\r\n\r\n" % key)
+            assert (await reader.readline()).split()[1] == status
+            writer.transport.abort()
+
+    with_stack(RECEIPT, whole(USAGE), check, api_key="secret")

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from baton.gateway.bounds import Bounds
+from baton.gateway.bounds import Bounds, Refusal
 from baton.gateway.door import Answer, Inbound
 from baton.gateway.listen import bind
 from baton.gateway.server import Server
@@ -44,6 +44,9 @@ class App:
             self.gone += 1
         finally:
             self.ended += 1
+
+    def unwelcome(self, url: bytes, headers: Sequence[Header]) -> Refusal | None:
+        return None
 
     def refused(self, path: str, status: int, code: str, message: str) -> tuple[list[Header], bytes]:
         return [(b"x-path", path.encode("ascii", "replace"))], f"{code}: {message}".encode()

@@ -16,6 +16,7 @@ from baton.base.errors import BatonError, ConfigError
 from baton.gateway import asgi, keys
 from baton.gateway.accesslog import AccessLog, Which
 from baton.gateway.admission import AdmissionLimits
+from baton.gateway.bounds import Refusal
 from baton.gateway.control import OPEN_PATHS, Control, new_request_id
 from baton.gateway.door import Answer, Inbound
 from baton.gateway.explain import ExplainRoutes
@@ -105,6 +106,14 @@ class Gateway:
             await self._infer(inbound, answer, pulse, identity)
         else:
             await asgi.serve(self._control, inbound, answer, pulse)
+
+    def unwelcome(self, url: bytes, headers: Sequence[Header]) -> Refusal | None:
+        """Without a key nobody fills our memory."""
+        try:
+            self._identify(headers, url.partition(b"?")[0].decode("ascii", "replace"))
+        except BatonError as error:
+            return Refusal(error.status, error.code, error.message)
+        return None
 
     def refused(self, path: str, status: int, code: str, message: str) -> tuple[list[Header], bytes]:
         error = BatonError(message)

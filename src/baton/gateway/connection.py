@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("baton.gateway")
 
+SMALL_BODY = 64 << 10
+"""Bytes of a body that are read before it is known who sends it."""
 MAX_PIPELINED = 64
 """Requests that one connection may send ahead of their answers, and"""
 MAX_AHEAD = 1 << 20
@@ -59,6 +61,7 @@ class Connection(asyncio.Protocol):
         "_headers",
         "_heard",
         "_host",
+        "_large",
         "_linger",
         "_moved",
         "_parser",
@@ -102,6 +105,8 @@ class Connection(asyncio.Protocol):
         self._body: bytes | bytearray = b""
         self._size = 0
         self._expects = False
+        self._large = False
+        """More of a body is announced than anybody may send."""
         """It waits for a `100 Continue`."""
         self._upgrades = False
         self._refusal: Refusal | None = None
@@ -224,6 +229,8 @@ class Connection(asyncio.Protocol):
         self._stage = "body"
         self._expects = self._upgrades = False
         self._refusal = self._refusal or self._faults()
+        if self._refusal is None and self._large:
+            self._refusal = self._server.app.unwelcome(self._url, self._headers)
 
     def on_body(self, data: bytes) -> None:
         self._size += len(data)
@@ -358,6 +365,7 @@ class Connection(asyncio.Protocol):
         """What is wrong with the head, beyond what the parser sees."""
         parser, bounds = self._parser, self._server.bounds
         hosts, version = 0, parser.get_http_version()
+        self._large = False
         for name, value in self._headers:
             if name == b"host":
                 hosts += 1
@@ -369,9 +377,11 @@ class Connection(asyncio.Protocol):
                     return Refusal(400, "bad_request", "the Content-Length header is not valid")
                 if int(value) > bounds.body:
                     return bounds.body_too_large()
+                self._large = int(value) > SMALL_BODY
             elif name == b"transfer-encoding":
                 if value.strip().lower() != b"chunked" or version != "1.1":
                     return Refusal(501, "not_implemented", "the only transfer coding here is chunked, in HTTP/1.1")
+                self._large = True
             elif name == b"expect":
                 self._expects = value.lower() == b"100-continue" and version == "1.1"
             elif name == b"upgrade":

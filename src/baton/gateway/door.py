@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from baton.gateway.bounds import Refusal
 from baton.router.call import Header
 from baton.router.legs import Pulse
 
@@ -69,6 +70,10 @@ class Application(Protocol):
     """What a server serves. The coroutine ends when the request has been answered, or when its client has left."""
 
     def __call__(self, inbound: Inbound, answer: Answer, pulse: Pulse) -> Coroutine[Any, Any, None]: ...
+
+    def unwelcome(self, url: bytes, headers: Sequence[Header]) -> Refusal | None:
+        """Why a request with a large body is not even read; None if it may come."""
+        ...
 
     def refused(self, path: str, status: int, code: str, message: str) -> tuple[list[Header], bytes]:
         """Headers and body of an answer to what is no request at all."""
