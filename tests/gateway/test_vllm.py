@@ -159,7 +159,7 @@ def test_a_server_in_development_mode_is_known_too() -> None:
 def test_what_each_leg_is_sent() -> None:
     body = (
         b'{"model": "m", "prompt":"abc" , "stream":true, "stream_options":{"include_usage":true}, "max_tokens": 77,'
-        b'"max_completion_tokens":88,"min_tokens":3,"n":2,"seed":7, "temperature":1e-1, "x":{"a": [1.0, "\\u00e9"]} }'
+        b'"max_completion_tokens":88,"min_tokens":3,"n":1,"seed":7, "temperature":1e-1, "x":{"a": [1.0, "\\u00e9"]} }'
     )
 
     async def check(s: Pairs) -> None:
@@ -228,6 +228,7 @@ def test_both_workers_are_charged_while_prefill_runs() -> None:
     [
         {"prompt": ["a", "b", "c"]},
         {"prompt": [[1, 2], [3]]},
+        {"prompt": "a", "n": 2},
         {"prompt": "a", "echo": True, "logprobs": 1},
         {"prompt": "a", "prompt_logprobs": 0},
         {"prompt": "a", "use_beam_search": True, "n": 2},
@@ -248,7 +249,7 @@ def test_what_a_pair_cannot_do_goes_whole(connector: str, more: dict[str, Any]) 
 def test_a_list_of_one_prompt_is_one_prompt() -> None:
     async def check(s: Pairs) -> None:
         for prompt in (["a"], [1, 2, 3], [[1, 2, 3]]):
-            await s.served(prompt, n=2)
+            await s.served(prompt, n=1)
         assert s.ledger.taken == 3
 
     with_pairs(check)

@@ -2,7 +2,8 @@
 
 What the real servers do (0.32, recorded): parameters that are used twice, or with another prompt, give a wrong answer
 with status 200; a client that may write them ends the server; a stream or a second prompt or sample on the prefill leg
-leaves blocks behind; a decode worker that has seen a request tells prefill to let go, whatever becomes of it.
+leaves blocks behind; the first of several samples on the decode leg takes them from the others; a decode worker that
+has seen a request tells prefill to let go, whatever becomes of it.
 """
 
 from __future__ import annotations
@@ -224,11 +225,11 @@ class Decode(Server):
         if not isinstance(params, dict) or any(not params.get(name) for name in NIXL_FIELDS):
             self.die(exchange, "decode: parameters that are not whole")
             return None
-        name = params["remote_request_id"]
-        if self.connector == "nixl-push" and name[5:-9] != exchange.headers["x-request-id"]:
+        name, samples = params["remote_request_id"], exchange.json.get("n", 1)
+        if self.connector == "nixl-push" and (name[5:-9] != exchange.headers["x-request-id"] or samples > 1):
             await exchange.gone.wait()
             return None
-        return self.ledger.take(params["remote_engine_id"], name, prompt)
+        return all(self.ledger.take(params["remote_engine_id"], name, prompt) for _ in range(samples))
 
     async def say(self, exchange: Exchange, body: dict[str, Any], text: str) -> None:
         choices = [{"index": i, "text": text, "finish_reason": "length"} for i in range(body.get("n", 1))]

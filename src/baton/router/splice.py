@@ -90,8 +90,6 @@ class Body(msgspec.Struct, frozen=True):
     prompt: bytes = b""
     """JSON, as the client wrote it."""
     priority: int = 0
-    batch: bool = False
-    """There are several prompts."""
 
 
 def read(raw: bytes, kind: Kind) -> Body:
@@ -138,7 +136,6 @@ def read(raw: bytes, kind: Kind) -> Body:
         model=fields.model if isinstance(fields.model, str) else "",
         prompt=_prompt(fields),
         priority=fields.priority if type(fields.priority) is int else 0,
-        batch=prompts is not None and prompts > 1,
     )
 
 

@@ -60,8 +60,9 @@ _ending = msgspec.json.Decoder(_Ending)
 
 
 def divisible(body: Body, members: Mapping[str, msgspec.Raw]) -> bool:
-    """Can a pair serve it? Of several prompts only the first one's KV cache would be handed over, as everybody's."""
-    return not body.batch and all(bytes(members.get(name, _NULL)) in _NOTHING for name in INDIVISIBLE)
+    """Can a pair serve it? Of several prompts only the first one's KV cache would be handed over, as everybody's; the
+    first of several samples that has pulled it lets go of it for all, and a push finds none of them."""
+    return (body.samples or 1) == 1 and all(bytes(members.get(name, _NULL)) in _NOTHING for name in INDIVISIBLE)
 
 
 def prefill_body(path: str, members: Mapping[str, msgspec.Raw], params: bytes) -> bytes:
