@@ -283,6 +283,7 @@ def test_closing_does_not_wait_for_those_who_drain() -> None:
             await until(lambda: worker.healthy)
             router.registry.charge(worker, 1, 0.0)
             roster.remove(worker, 60.0)
+            assert worker.draining  # before anybody else has a turn
             await asyncio.wait_for(roster.close(), 1.0)
             await router.close()
             assert [event.url for event in told] == [mock.url] * 2
