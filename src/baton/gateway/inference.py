@@ -97,7 +97,7 @@ class Inference:
         kind = PAIRED.get(inbound.path)
         request_id = timeline.id.encode("ascii")
         own: list[Header] = [(b"x-request-id", request_id)]
-        relay = Relay(answer, inbound.path, own, timeline)
+        relay = Relay(answer, inbound.path, own, timeline, self._loop)
         relay.explained = inbound.header(EXPLAIN) == b"1"
         try:
             seconds = allowance(inbound.header(REQUEST_TIMEOUT), self._options.request_timeout)

@@ -15,7 +15,6 @@ from the tokens that were passed on (`baton.gateway.journal`). Only if neither i
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 from dataclasses import dataclass
@@ -98,7 +97,7 @@ class Journey:
         self._timeline = timeline
         self._passed = passed
         self._paired = paired
-        self._loop = asyncio.get_running_loop()
+        self._loop = wheel.loop
         self._avoid: dict[Worker, float] = {}
         """Who failed this request, and when (loop time)."""
         self._retries = patience.retries
@@ -255,7 +254,7 @@ class Journey:
         """Go on with the stream elsewhere."""
         notes, asked = self._relay.journal, self._asked
         self._resumes -= 1
-        refused = lost.fault is None and lost.status >= 400 and lost.status not in RETRYABLE_STATUSES
+        refused = lost.fault is None and lost.status not in RETRYABLE_STATUSES and not lost.call.events
         if notes is None or not notes.kept or refused or self._resumes < 0:
             return False
         ours = replace(asked.body, raw=splice.single(asked.body), claimed=False)

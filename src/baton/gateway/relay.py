@@ -74,7 +74,9 @@ class Relay:
         "started",
     )
 
-    def __init__(self, answer: Answer, path: str, headers: list[Header], timeline: Timeline) -> None:
+    def __init__(
+        self, answer: Answer, path: str, headers: list[Header], timeline: Timeline, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self._answer = answer
         self._path = path
         self._headers = headers
@@ -86,7 +88,7 @@ class Relay:
         """The last bytes that were passed on."""
         self._cutter: Cutter | None = None
         self._edit: Edit | None = None
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self.moved = 0.0
         """Loop time when something was passed on last."""
         self.started = False

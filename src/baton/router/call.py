@@ -52,7 +52,7 @@ class Carrier(Protocol):
     def resume(self) -> None: ...
 
 
-def _nobody(call: Call) -> None:
+def nobody(call: Call) -> None:
     """Nobody wants to know."""
 
 
@@ -80,7 +80,7 @@ class Call:
         "status",
     )
 
-    def __init__(self, notify: Callable[[Call], None] = _nobody) -> None:
+    def __init__(self, notify: Callable[[Call], None] = nobody) -> None:
         self.request = b""
         self.notify = notify
         self.status = 0
@@ -168,6 +168,13 @@ class Call:
 
     def bind(self, carrier: Carrier) -> None:
         self._carrier = carrier
+
+    def tell(self) -> None:
+        """There is news. The last of it breaks the circle of call and listener, which would be the collector's work."""
+        notify = self.notify
+        if self.complete or self.failure is not None:
+            self.notify = nobody
+        notify(self)
 
     def begin(self, status: int) -> None:
         """The head is there."""

@@ -76,7 +76,7 @@ class Connection(asyncio.Protocol):
         self.drop()
         if call is not None:
             call.end(failure)
-            call.notify(call)
+            call.tell()
 
     def pause(self) -> None:
         self._transport.pause_reading()
@@ -115,7 +115,7 @@ class Connection(asyncio.Protocol):
             self._finished(call)
         elif call.fill():
             self._transport.pause_reading()
-        call.notify(call)
+        call.tell()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool._lost(self)
@@ -129,12 +129,12 @@ class Connection(asyncio.Protocol):
         else:
             where = "in the middle of its reply" if call.status else "before its reply"
             call.end(Failure(Fault.RESET, f"the connection was lost {where}"))
-        call.notify(call)
+        call.tell()
 
     def _garbage(self, call: Call, message: str) -> None:
         self.drop()
         call.end(Failure(Fault.GARBAGE, message))
-        call.notify(call)
+        call.tell()
 
     def _finished(self, call: Call) -> None:
         call.end(None)
@@ -308,7 +308,7 @@ class Pool:
     def _refused(self, call: Call, failure: Failure) -> None:
         if not call.done:
             call.end(failure)
-            call.notify(call)
+            call.tell()
 
     def _opened(self, connection: Connection) -> None:
         self.opened += 1

@@ -13,6 +13,10 @@ RESOLUTION = 0.05
 """Seconds."""
 
 
+def _nothing() -> None:
+    pass
+
+
 class Timer:
     """`cancel` is idempotent, also after it went off."""
 
@@ -25,6 +29,7 @@ class Timer:
 
     def cancel(self) -> None:
         self._slot.pop(self, None)
+        self.callback = _nothing  # it would hold its owner, which holds the timer: work for the collector
 
 
 class Wheel:
@@ -65,7 +70,8 @@ class Wheel:
             slot = self._slots.pop(self._turned, None)
             while slot:
                 timer = next(iter(slot))
+                callback = timer.callback
                 timer.cancel()
-                timer.callback()
+                callback()
         if self._slots and self._next is None:
             self._next = self.loop.call_later(RESOLUTION, self._turn)
