@@ -339,12 +339,11 @@ def test_an_id_that_was_aborted_just_now_can_be_used_again(rig: Rig) -> None:
     assert rig.engine is not None
     body = b'{"text": "hello there", "rid": "again", "sampling_params": {"max_new_tokens": 1000, "ignore_eos": true}}'
     head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-    params = {"max_new_tokens": 2}
-    with paced(rig, 0.1):
+    second = {"text": "hello", "rid": "again", "sampling_params": {"max_new_tokens": 2}}
+    with paced(rig, 0.4), httpx.Client(base_url=rig.url, timeout=20) as client:
         with raw_connection(rig) as connection:
             connection.sendall(head + body)
             wait_for(lambda: "again" in rig.front.state.client._inboxes and rig.engine.scheduler.running)
         wait_for(lambda: "again" not in rig.front.state.client._inboxes)
-        second = httpx.post(f"{rig.url}/generate", json={"text": "hello", "rid": "again", "sampling_params": params})
-    assert second.json()["meta_info"]["finish_reason"]["type"] == "length"
-    assert second.json()["meta_info"]["id"] == "again"
+        meta = client.post("/generate", json=second).json()["meta_info"]
+    assert (meta["id"], meta["finish_reason"]["type"]) == ("again", "length")
