@@ -75,6 +75,7 @@ class Load:
     """Asks questions, in turn, until there are `count` of them; knows the right answers."""
 
     right: dict[Question, Answer] = field(default_factory=dict)
+    questions: list[Question] = field(default_factory=lambda: list(QUESTIONS))
     patience: float = 60.0
     """Seconds; who has no answer by then has lost it."""
     outcomes: list[Outcome] = field(default_factory=list)
@@ -96,7 +97,7 @@ class Load:
         async def one_by_one(one: Client) -> None:
             for _ in left:
                 number = self.begun
-                question = QUESTIONS[number % len(QUESTIONS)]
+                question = self.questions[number % len(self.questions)]
                 self.begun += 1
                 self._open.add(number)
                 outcome = await self._outcome(one, question)
@@ -141,6 +142,8 @@ class Load:
             return End.EVENT, repr(error)
         except AssertionError as error:
             return (End.REFUSED if "error" in str(error) else End.LOST), str(error)
+        except (AttributeError, TypeError, ValueError) as error:
+            return End.WRONG, f"an answer of another shape: {error!r}"
         right = self.right[question]
         if alike(answer, right):
             return End.EXACT, ""
