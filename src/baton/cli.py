@@ -94,7 +94,7 @@ def cli() -> None:
     "--worker-port", default=default_of(WorkerConfig, "port"), show_default=True, cls=Option, section="Stack",
     help="workers listen on free ports from here upwards",
 )  # fmt: skip
-@config_options(GatewayConfig, "Gateway", skip=("worker_api_key", "reuse_port", "tls_client_ca"))
+@config_options(GatewayConfig, "Gateway", skip=("worker_api_key", "reuse_port", "tls_client_ca", "connector"))
 @config_options(WorkerConfig, "Workers", only=WORKER_OPTIONS)
 @config_options(EngineConfig, "Engines", extra=NEGATIVES)
 @config_options(DisaggConfig, "Prefill and decode apart", skip=("mode", "bootstrap_host", "drain_timeout"))
@@ -225,7 +225,9 @@ def pull(model_name: str) -> int:
 
 @cli.command(cls=Command)
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="of the gateway")
-@click.option("--interval", default=1.0, show_default=True, type=click.FloatRange(min=0.1), help="seconds between looks")
+@click.option(
+    "--interval", default=1.0, show_default=True, type=click.FloatRange(min=0.1), help="seconds between looks"
+)
 @click.option("--once", is_flag=True, help="print one picture, and end")
 @reporting
 def top(url: str, interval: float, once: bool) -> int:

@@ -205,3 +205,19 @@ def test_the_monitor_learns_recovers_and_refuses_a_wrong_role() -> None:
                 await router.close()
 
     run(main())
+
+
+def test_requests_that_are_not_generation_go_to_workers_of_their_model() -> None:
+    async def main() -> None:
+        router = Router(RouterOptions(), Random(1))
+        try:
+            for port, model in ((1, "one"), (2, "two"), (3, "two")):
+                worker = add(router.registry, "regular", port, up=False)
+                router.registry.learned(worker, Facts("baton", "", model))
+                router.registry.up(worker, 0.0)
+            ports = [{router.plan_one(model=m).answering.origin.port for _ in range(9)} for m in ("one", "two", "")]
+            assert ports == [{1}, {2, 3}, {1, 2, 3}]
+        finally:
+            await router.close()
+
+    run(main())

@@ -217,6 +217,11 @@ class GatewayConfig:
         "divide requests between prefill and decode workers; auto: where it pays",
         choices=("auto", "always", "never"),
     )
+    connector: str = option(
+        "",
+        "how the vLLM workers given at the start hand over KV cache; empty: nixl",
+        choices=("", "nixl", "nixl-push", "mooncake"),
+    )
     min_split_tokens: int = option(64, "prompts with fewer uncached tokens are not divided (with --split auto)")
     request_timeout: float = option(
         600.0, "seconds until an unfinished request is cut; the header x-request-timeout may allow less, not more"

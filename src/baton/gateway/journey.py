@@ -228,7 +228,7 @@ class Journey:
 
     def _plan(self, avoid: frozenset[Worker]) -> Target:
         if not self._paired:
-            return self._router.plan_one(avoid)
+            return self._router.plan_one(avoid, self._parcel.body.model)
         runtime: Runtime = "baton" if self._relay.started else "auto"  # only our own workers can continue a stream
         return self._router.plan(self._ask, self._parcel.body.model, avoid, runtime)
 

@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import cast
 
 from baton.base.config import GatewayConfig
 from baton.base.errors import ConfigError
@@ -21,6 +22,7 @@ from baton.gateway.parent import Parent
 from baton.gateway.roster import Entry, Event
 from baton.gateway.server import Server
 from baton.router.origin import Origin
+from baton.router.registry import Connector
 
 log = logging.getLogger("baton.gateway")
 
@@ -64,7 +66,7 @@ async def behind(
 def run(config: GatewayConfig, prefill: list[tuple[str, int | None]], decode: list[str], regular: list[str]) -> None:
     """Serve until SIGINT or SIGTERM. Raises `ConfigError` for unusable addresses."""
     accesslog.configure(config.log_level, config.log_format)
-    entries = workers(prefill, decode, regular)
+    entries = workers(prefill, decode, regular, cast(Connector, config.connector))
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(_run(config, entries) if config.processes == 1 else Parent(config, entries).run())
 
@@ -90,11 +92,16 @@ def settle() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def workers(prefill: Sequence[tuple[str, int | None]], decode: Sequence[str], regular: Sequence[str]) -> list[Entry]:
+def workers(
+    prefill: Sequence[tuple[str, int | None]],
+    decode: Sequence[str],
+    regular: Sequence[str],
+    connector: Connector = "",
+) -> list[Entry]:
     """Those who serve from the start. Raises `ConfigError` for addresses that are none, or twice there."""
     entries = [
-        *(Entry(Origin.parse(url).url, "prefill", port) for url, port in prefill),
-        *(Entry(Origin.parse(url).url, "decode") for url in decode),
+        *(Entry(Origin.parse(url).url, "prefill", port, connector=connector) for url, port in prefill),
+        *(Entry(Origin.parse(url).url, "decode", connector=connector) for url in decode),
         *(Entry(Origin.parse(url).url, "regular") for url in regular),
     ]
     urls: set[str] = set()

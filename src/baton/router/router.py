@@ -110,12 +110,14 @@ class Router:
             raise Unavailable(self.missing(avoid))
         return target
 
-    def plan_one(self, avoid: frozenset[Worker] = NOBODY) -> Target:
-        """One worker for a request that is not generation: regular, else decode, else prefill. Raises `Unavailable`."""
+    def plan_one(self, avoid: frozenset[Worker] = NOBODY, model: str = "") -> Target:
+        """One worker for a request that is not generation: regular, else decode, else prefill. Of those that serve
+        `model`, if any do. Raises `Unavailable`."""
         self.registry.refresh(self._loop.time())
         roles: tuple[Role, ...] = ("regular", "decode", "prefill")
         for role in roles:
             workers = [worker for worker in self.registry.snapshot.of(role) if worker not in avoid]
+            workers = [worker for worker in workers if worker.model == model] or workers
             if workers:
                 self._turn += 1
                 return Target(workers[self._turn % len(workers)])

@@ -24,7 +24,14 @@ MAX_SAMPLES = 1024
 _UNSET = msgspec.UNSET
 _Raw = msgspec.Raw | msgspec.UnsetType
 
-OURS = ("bootstrap_host", "bootstrap_port", "bootstrap_room", "kv_transfer_params", "baton_resume")
+OURS = (
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "baton_resume",
+)
 """Fields that only a gateway may write: what a client says there is taken out. With `kv_transfer_params` a client could
 stop a vLLM server, or read from another one's memory."""
 
@@ -49,6 +56,7 @@ class _Fields(msgspec.Struct):
     bootstrap_port: _Raw = _UNSET
     bootstrap_room: _Raw = _UNSET
     kv_transfer_params: _Raw = _UNSET
+    ec_transfer_params: _Raw = _UNSET
     baton_resume: _Raw = _UNSET
     vllm_xargs: _Raw = _UNSET
     routed_dp_rank: _Raw = _UNSET
@@ -60,6 +68,11 @@ class _Sampling(msgspec.Struct):
     max_new_tokens: Any = None
 
 
+class _Model(msgspec.Struct):
+    model: str = ""
+
+
+_MODEL = msgspec.json.Decoder(_Model)
 _FIELDS = msgspec.json.Decoder(_Fields)
 _SAMPLING = msgspec.json.Decoder(_Sampling | list[_Sampling])
 _ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
@@ -144,14 +157,22 @@ def opaque(raw: bytes) -> Body:
     Raises `BadRequest` if these could be in there and cannot be found: a worker may read more than JSON, for instance
     `NaN` and UTF-16."""
     claimed = False
-    if b"kv_transfer_params" in raw or b"\\u" in raw or b"\0" in raw[:8]:  # (a key may be written with escapes)
+    if b"_transfer_params" in raw or b"\\u" in raw or b"\0" in raw[:8]:  # (a key may be written with escapes)
         try:
             members = _OBJECT.decode(raw)
             claimed = not members.keys().isdisjoint(OURS) or _smuggles(members.get("vllm_xargs", _UNSET))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             if _ALMOST_JSON.match(raw):
                 raise BadRequest("the request body is not valid JSON in UTF-8") from None
-    return Body(raw, False, None, len(raw) // 4 + 1, 0, "", claimed=claimed, ranks=False)
+    return Body(raw, False, None, len(raw) // 4 + 1, 0, "", claimed=claimed, ranks=False, model=_model(raw))
+
+
+def _model(raw: bytes) -> str:
+    """The model that a body is for; "" if it does not say."""
+    try:
+        return _MODEL.decode(raw).model
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return ""
 
 
 def pair(body: Body, host: str, port: int | None, rooms: Sequence[int]) -> tuple[bytes, bytes]:
@@ -225,6 +246,7 @@ def _claimed(fields: _Fields) -> bool:
         and fields.bootstrap_port is _UNSET
         and fields.bootstrap_room is _UNSET
         and fields.kv_transfer_params is _UNSET
+        and fields.ec_transfer_params is _UNSET
         and fields.baton_resume is _UNSET
     )
 
