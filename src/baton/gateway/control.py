@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
@@ -134,4 +134,4 @@ class Control:
 
 
 def new_request_id() -> bytes:
-    return uuid.uuid4().hex.encode()
+    return b"%032x" % random.getrandbits(128)
