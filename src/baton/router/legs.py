@@ -315,7 +315,7 @@ def _refused(receipt: Call) -> bool:
     if not receipt.complete or not receipt.chunks:
         return False
     body = receipt.chunks[0] if len(receipt.chunks) == 1 else b"".join(receipt.chunks)
-    return body.startswith(RECEIPT_ERRORS) or any(mark in body for mark in ABORTED)
+    return body.startswith(RECEIPT_ERRORS) or (b'"abort"' in body and any(mark in body for mark in ABORTED))
 
 
 class LegFailed(BatonError):
