@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.router import health
-from baton.router.health import CLOSED, Breaker, Limits
+from baton.router.health import CLOSED, Breaker, Limits, RetryBudget
 
 LIMITS = Limits(failures=3, cooldown=1.0, longest=8.0)
 
@@ -56,3 +56,15 @@ def test_any_history_ends_usable_after_the_longest_cooldown(history: list[tuple[
             breaker = health.tried(breaker, now, LIMITS)
         assert breaker.opened == 0 or breaker.until <= now + LIMITS.longest
     assert health.allows(breaker, now + LIMITS.longest)
+
+
+def test_the_budget_of_second_attempts() -> None:
+    budget = RetryBudget(burst=4, share=0.5)
+    assert [budget.spend() for _ in range(6)] == [True] * 4 + [False] * 2
+    budget.earn()
+    assert not budget.spend()
+    budget.earn()
+    assert [budget.spend(), budget.spend()] == [True, False]
+    for _ in range(1000):
+        budget.earn()
+    assert [budget.spend() for _ in range(5)] == [True] * 4 + [False]

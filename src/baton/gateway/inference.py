@@ -24,6 +24,7 @@ from baton.gateway.turnstile import Pass, Turnstile
 from baton.router import splice
 from baton.router.ask import Ask
 from baton.router.call import Header
+from baton.router.health import RetryBudget
 from baton.router.legs import Pulse
 from baton.router.router import Router
 from baton.router.splice import Body, Kind
@@ -83,6 +84,7 @@ class Inference:
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._wheel = Wheel(self._loop)
+        self._budget = RetryBudget()
         self._authorization = (
             b"authorization: Bearer " + options.worker_api_key.encode() + b"\r\n" if options.worker_api_key else b""
         )
@@ -108,6 +110,7 @@ class Inference:
             return
         timeline.stream, timeline.model, timeline.prompt_tokens = body.stream, body.model, body.prompt_tokens
         timeline.sequences = body.samples or 1
+        self._budget.earn()
         deadline = Deadline(pulse, self._wheel, seconds)
         passed: Pass | None = None
         try:
@@ -120,6 +123,7 @@ class Inference:
                 self._router,
                 self._wheel,
                 self._metrics,
+                self._budget,
                 self._options.patience,
                 parcel,
                 _ask(inbound, body),

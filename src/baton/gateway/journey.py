@@ -32,6 +32,7 @@ from baton.gateway.turnstile import Pass
 from baton.router import splice
 from baton.router.ask import Ask
 from baton.router.call import Fault
+from baton.router.health import RetryBudget
 from baton.router.legs import Leg, LegFailed, Legs, Pulse
 from baton.router.registry import Runtime, Worker
 from baton.router.router import NOBODY, Router
@@ -74,6 +75,7 @@ class Journey:
         router: Router,
         wheel: Wheel,
         metrics: Metrics,
+        budget: RetryBudget,
         patience: Patience,
         parcel: Parcel,
         ask: Ask,
@@ -88,6 +90,7 @@ class Journey:
         self._router = router
         self._wheel = wheel
         self._metrics = metrics
+        self._budget = budget
         self._patience = patience
         self._asked = self._parcel = parcel
         self._ask = ask
@@ -248,7 +251,7 @@ class Journey:
         if lost.fault is None and lost.status not in RETRYABLE_STATUSES:
             return False
         self._retries -= 1
-        return self._retries >= 0
+        return self._retries >= 0 and self._budget.spend()
 
     def _resume(self, lost: Leg) -> bool:
         """Go on with the stream elsewhere."""

@@ -70,5 +70,27 @@ def succeeded(breaker: Breaker) -> Breaker:
     return breaker if breaker == CLOSED else CLOSED
 
 
+class RetryBudget:
+    """How many second attempts all requests together may cause: a fleet that fails as a whole is not asked several
+    times for everything. `share` of the requests may be repeated, and `burst` beyond that."""
+
+    __slots__ = ("_burst", "_left", "_share")
+
+    def __init__(self, burst: float = 256.0, share: float = 0.5) -> None:
+        self._burst, self._share = burst, share
+        self._left = burst
+
+    def earn(self) -> None:
+        """A request has come."""
+        self._left = min(self._burst, self._left + self._share)
+
+    def spend(self) -> bool:
+        """May one be repeated? Uses up one, if so."""
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
+
+
 def _cooldown(opened: int, limits: Limits) -> float:
     return float(min(limits.longest, limits.cooldown * 2 ** min(opened - 1, 16)))
