@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -64,24 +65,39 @@ def wait_served(stack: Stack, patience: float) -> None:
     raise AssertionError(f"not served again in {patience} s")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("role", ["decode", "prefill"])
-def test_an_engine_is_killed_in_the_middle(stack: Stack, role: str) -> None:
-    stack.generate(text="warm", sampling_params={"max_new_tokens": 2})
+def kill_in_the_middle(stack: Stack, role: str) -> tuple[float, list[tuple[float, str]]]:
+    """(when it was killed, how eight requests ended)."""
     with ThreadPoolExecutor(8) as pool:
         waiting: list[Future[tuple[float, str]]] = [pool.submit(ask, stack, i % 2 == 0) for i in range(8)]
         threading.Event().wait(0.25)
         killed_at = time.monotonic()
         engine_of(stack, role).send_signal(signal.SIGKILL)
-        ends = [future.result() for future in waiting]
-    failures = [how for _, how in ends if "error" in how or how in ("500", "502", "503")]
-    finished = [how for _, how in ends if how == "200" or "finish_reason" in how]
-    assert len(failures) + len(finished) >= len(ends), ends
-    if role == "decode":
-        assert failures, ends
+        return killed_at, [future.result() for future in waiting]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+def test_an_engine_is_killed_and_nobody_hears_of_it(tiny_model_dir: Path, tmp_path: Path, role: str) -> None:
+    """There is one of each: decode does without prefill, and for decode everybody waits until it is back."""
+    with serve(tiny_model_dir, PD, tmp_path, *SMALL, "--worker-wait", "45", "--retries", "9") as stack:
+        text = str(stack.generate(**LONG)["text"])
+        _, ends = kill_in_the_middle(stack, role)
+        assert {end if end == "200" else json.loads(end.removeprefix("data: "))["text"] for _, end in ends} == {
+            "200",
+            text,
+        }
+        stack.settle()
+
+
+@pytest.mark.slow
+def test_who_does_not_want_to_wait_hears_of_it_at_once(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with serve(tiny_model_dir, PD, tmp_path, *SMALL, "--worker-wait", "0") as stack:
+        stack.generate(text="warm", sampling_params={"max_new_tokens": 2})
+        killed_at, ends = kill_in_the_middle(stack, "decode")
+        assert any("error" in how or how in ("500", "502", "503") for _, how in ends), ends
         assert max(when for when, _ in ends) - killed_at < 2.0
-    wait_served(stack, 30)
-    stack.settle()
+        wait_served(stack, 30)
+        stack.settle()
 
 
 @pytest.mark.slow
