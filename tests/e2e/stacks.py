@@ -96,7 +96,8 @@ class Stack:
             assert self.process.poll() is None, f"baton serve ended early:\n{self.log.read_text()[-4000:]}"
             try:
                 with client(self.url, 2) as http:
-                    if http.get("/readiness").status_code == 200:
+                    ready = http.get("/readiness")
+                    if ready.status_code == 200 and ready.json()["healthy_workers"] == ready.json()["total_workers"]:
                         self.family = {process.pid for process in self.processes}
                         return
             except httpx.TransportError:
