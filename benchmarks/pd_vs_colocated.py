@@ -238,6 +238,10 @@ def main() -> int:
     return code or int(any(arm.failed for arm in arms))
 
 
+ELSEWHERE = ("--worker-port", "33000", "--disaggregation-bootstrap-port", "8950")
+"""For a second pair on this machine."""
+
+
 def measure_ours(
     args: argparse.Namespace,
     logs: Path,
@@ -248,7 +252,8 @@ def measure_ours(
 ) -> None:
     with Fleet(logs) as fleet:
         servers = [
-            fleet.baton_serve("Baton 1P+1D", args.model, PD, *args.options),
+            fleet.baton_serve("Baton 1P+1D", args.model, PD, "--split", "always", *args.options),
+            fleet.baton_serve("Baton 1P+1D, split where it pays", args.model, PD, *ELSEWHERE, *args.options),
             fleet.baton_serve("Baton 2 colocated", args.model, COLOCATED, "--worker-port", "31000", *args.options),
         ]
         for number, chunk in enumerate(args.chunk):
