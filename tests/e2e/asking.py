@@ -121,13 +121,15 @@ async def generate(client: Client, ask: Ask, stream: bool) -> Answer:
 
 async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The events of a stream that must end as streams end."""
-    data = ""
-    async for line in response.aiter_lines():
-        if line.startswith("data: "):
-            data = line[6:]
-            if data != "[DONE]":
-                yield json.loads(data)
-    assert data == "[DONE]"
+    data, rest = b"", b""
+    async for chunk in response.aiter_bytes():  # (httpx's lines end at U+2028 as well, which a random model may say)
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: "):
+                data = line[6:]
+                if data != b"[DONE]":
+                    yield json.loads(data)
+    assert data == b"[DONE]"
 
 
 def _generated(answers: list[dict[str, Any]]) -> Answer:

@@ -94,9 +94,10 @@ def stream(url: str, path: str, body: dict[str, Any]) -> Streamed:
         assert response.status_code == 200, response.read()
         streamed.headers = response.headers
         signed = False
-        for line in response.iter_lines():
-            piece += line.encode() + b"\n"
-            signed = signed or line.startswith("id:")
+        # A line ends with a line feed: httpx would end it at U+2028 as well, which a random model may say.
+        for line in b"".join(response.iter_bytes()).split(b"\n")[:-1]:
+            piece += line + b"\n"
+            signed = signed or line.startswith(b"id:")
             if signed and not line:
                 streamed.pieces.append(piece)
                 piece, signed = b"", False
