@@ -7,8 +7,9 @@ import os
 import select
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import httpx
 import msgspec
@@ -149,10 +150,8 @@ def _heading(stats: Stats) -> RenderableType:
 
 
 def _figures(stats: Stats) -> RenderableType:
-    table = Table(box=None, padding=(0, 2), header_style="dim")
-    for column in ("", "p50", "p95", "p99"):
-        table.add_column(column, justify="right" if column else "left")
-    table.add_column("last minute")
+    numbers = {"p50": 8, "p95": 8, "p99": 8}
+    table = _table([("", 19), *numbers.items(), ("last minute", 0)], numbers)
     rows: tuple[tuple[str, Percentiles, list[float | None]], ...] = (
         ("time to first token", stats.ttft, [point.ttft for point in stats.series]),
         ("between tokens", stats.itl, [point.itl for point in stats.series]),
@@ -169,22 +168,18 @@ def _counts(series: list[Point]) -> list[float | None]:
     return [float(point.requests) for point in series]
 
 
+def _table(columns: Sequence[tuple[str, int]], right: Collection[str]) -> Table:
+    """A table whose columns keep at least the width given for them; only those with 0 give way on a narrow screen."""
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for name, width in columns:
+        justify: Literal["left", "right"] = "right" if name in right else "left"
+        table.add_column(name, justify=justify, min_width=width or None, no_wrap=True, overflow="ellipsis")
+    return table
+
+
 def _workers(workers: list[WorkerView]) -> RenderableType:
-    table = Table(box=None, padding=(0, 2), header_style="dim", title_justify="left")
-    for column in (
-        "worker",
-        "state",
-        "in flight",
-        "running",
-        "queued",
-        "hand-offs",
-        "KV",
-        "tokens/s",
-        "served",
-        "errors",
-    ):
-        table.add_column(column, justify="left" if column in ("worker", "state") else "right")
-    table.add_column("", overflow="ellipsis", no_wrap=True)
+    numbers = {"open": 4, "run": 3, "queue": 5, "moves": 5, "KV": 5, "tok/s": 5, "served": 6, "errors": 6}
+    table = _table([("worker", 12), ("state", 8), *numbers.items(), ("", 0)], numbers)
     for worker in workers:
         engine = worker.engine
         used = f"{100 * engine.used_tokens / engine.max_tokens:.0f} %" if engine and engine.max_tokens else "-"
@@ -206,15 +201,14 @@ def _workers(workers: list[WorkerView]) -> RenderableType:
 
 
 def _requests(requests: list[RequestView]) -> RenderableType:
-    table = Table(box=None, padding=(0, 2), header_style="dim")
-    for column in ("request", "route", "status", "way", "by", "first token", "total", "tokens"):
-        right = column in ("first token", "total", "tokens")
-        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    columns = [("request", 8), ("route", 16), ("status", 6), ("way", 0), ("by", 0)]
+    numbers = {"first": 7, "total": 7, "out": 4}
+    table = _table([*columns, *numbers.items()], numbers)
     for request in requests:
         again = f", {request.attempts} attempts" if request.attempts > 1 else ""
         table.add_row(
-            Text(request.id[:16]),
-            Text(request.route),
+            Text(request.id[:8]),
+            Text(request.route.removeprefix("/v1/")),
             _status(request),
             Text(request.way.partition("_")[0] + (", resumed" if request.resumes else again)),
             Text(" → ".join(request.workers)),
