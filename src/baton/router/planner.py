@@ -23,6 +23,9 @@ from baton.router.split import Decision, Side, decide
 from baton.router.target import Target
 
 Split = Literal["auto", "always", "never"]
+HARM = 1.0
+"""What a second that a running stream stands still is worth, in seconds of the new request. At a tenth of it the pair
+answers sooner under load, and its streams stutter as those of undivided workers do (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,7 @@ class Planner:
 
     def _decide(self, ask: Ask, worker: Worker, prefill: Worker, uncached: int) -> Decision:
         mine = ask.prompt_tokens - self._decode.matched(ask, worker.id)
-        costs = self.speeds.costs(self._options.min_split_tokens)
+        costs = self.speeds.costs(self._options.min_split_tokens, HARM)
         here = Side(worker.prefilling, worker.in_flight)
         return decide(ask, uncached, mine, Side(prefill.load), here, costs)
 
