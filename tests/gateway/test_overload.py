@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from baton.gateway.journal import Journal
 from tests.gateway.stack import CHAT, RECEIPT, Stack, with_stack
 from tests.router.mocks import Behaviour, Exchange, events, hang, until, whole
 
@@ -160,3 +161,17 @@ def test_without_a_key_no_large_body_is_even_read(framing: bytes) -> None:
             writer.transport.abort()
 
     with_stack(RECEIPT, whole(USAGE), check, api_key="secret")
+
+
+def test_tokens_are_counted_to_the_last_and_failures_cost_nothing(tmp_path: Path) -> None:
+    journal = Journal(b"1")
+    journal.pieces(b"data: a\nid: 0:15,16;1:7\n\ndata: b\nid: 0:17!;1:!\n\ndata: [DONE]\nid: \n\n")
+    assert journal.count == 4
+    text = '[[key]]\nname = "a"\nkey = "sk-a"\ntokens_per_minute = 10000\n'
+
+    async def check(s: Stack) -> None:
+        body = {"max_tokens": 9000}
+        assert (await s.post(json=body, headers=bearer("sk-a"))).status_code == 400
+        assert (await s.post(json=body, headers=bearer("sk-a"))).status_code == 400
+
+    with_stack(RECEIPT, whole({"error": "no"}, 400), check, api_keys=key_file(tmp_path, text))

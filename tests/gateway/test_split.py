@@ -7,8 +7,8 @@ import pytest
 
 from baton.base.config import GatewayConfig
 from baton.gateway.process import serving
-from tests.gateway.stack import CHAT, RECEIPT
-from tests.router.mocks import Behaviour, Exchange, Mock, reset, run, until
+from tests.gateway.stack import CHAT, RECEIPT, Stack, with_stack
+from tests.router.mocks import Behaviour, Exchange, Mock, reset, run, until, whole
 
 SHORT = {"messages": [{"role": "user", "content": "hello"}]}
 LONG = {"messages": [{"role": "user", "content": "hello " * 400}]}
@@ -67,3 +67,14 @@ def test_a_prefill_worker_that_fails_leaves_it_to_decode() -> None:
     assert to_prefill in (1, 2)  # twice, if the first loss may have been an old connection's fault
     assert alone == 1
     assert "whole" in told
+
+
+def test_a_long_prompt_may_take_longer_than_a_short_one() -> None:
+    """The prefill's clock reckons with what is to be computed: 20,000 tokens that take a second are no failure."""
+
+    async def check(s: Stack) -> None:
+        body = {"messages": [{"role": "user", "content": "hello " * 14_000}]}
+        assert (await s.post(json=body)).json() == {"ok": 1}
+        assert len(s.prefill.seen) == len(s.decode.seen) == 1
+
+    with_stack(whole({}, delay=1.0), whole({"ok": 1}, delay=1.1), check, stage_timeout=0.3)

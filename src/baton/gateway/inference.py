@@ -148,7 +148,7 @@ class Inference:
         finally:
             deadline.cancel()
             if passed is not None:
-                tokens = relay.output_tokens
+                tokens = 0 if answer.status >= 400 else relay.output_tokens  # what failed costs its key nothing
                 timeline.output_tokens = tokens or 0
                 passed.leave(tokens)
 

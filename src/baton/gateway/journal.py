@@ -68,7 +68,8 @@ class Journal:
     @property
     def count(self) -> int:
         """Tokens so far."""
-        return sum(part.count(b",") + 1 for note in self._notes for part in note.split(b";") if part[-1:].isdigit())
+        parts = (part.rstrip(b"!") for note in self._notes for part in note.split(b";"))
+        return sum(part.count(b",") + 1 for part in parts if part[-1:].isdigit())
 
     def resume(self, body: Body) -> bytes:
         """The body that asks another worker to go on from here."""

@@ -48,6 +48,8 @@ STALE_RETRIES = 2
 """Connections that were closed while idle are nobody's fault, and counted apart."""
 RESUMES = 8
 """How often one stream may be continued."""
+QUEUE_SLACK, LAST_QUEUE_SLACK = 4.0, 16.0
+"""How many times its estimate a prefill may take, its queue included, on top of `Patience.stage`."""
 BACKOFF = 0.05
 """Seconds before the first attempt with workers that have failed this request already; doubles."""
 RECHECK = 0.1
@@ -138,7 +140,7 @@ class Journey:
 
     async def _attempt(self, legs: Legs, attempt: Attempt) -> Leg | None:
         """None: answered. Else what was lost."""
-        stage = Stage(legs, self._wheel, self._limits(), stream=self._parcel.body.stream)
+        stage = Stage(legs, self._wheel, self._limits(legs), stream=self._parcel.body.stream)
         try:
             await legs.ready()
         finally:
@@ -189,12 +191,15 @@ class Journey:
             await self._pulse.wait()
         return leg.call.complete
 
-    def _limits(self) -> Limits:
-        """Who waits for the last time waits as long as it takes."""
-        stage = self._patience.stage
-        if not self._retries:
+    def _limits(self, legs: Legs) -> Limits:
+        """From what is in flight on the prefill worker, this prompt included, at measured speed: a queue is no failure.
+        Who waits for the last time waits longer, and for the rest of an answer as long as it takes."""
+        speeds, last = self._router.planner.speeds, not self._retries
+        queued = legs.receipt.worker.load / speeds.costs().prefill_speed if legs.receipt is not None else 0.0
+        stage = self._patience.stage + (LAST_QUEUE_SLACK if last else QUEUE_SLACK) * queued
+        if last:
             return Limits(stage, math.inf)
-        usual = self._router.planner.speeds.duration(0.0, self._asked.body.max_tokens)
+        usual = speeds.duration(0.0, self._asked.body.max_tokens)
         return Limits(stage, stage + SLACK * 2**self._failures * usual)
 
     # --- the next attempt
